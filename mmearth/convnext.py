@@ -40,7 +40,7 @@ class GRN(nn.Module):
         seen = x if keep is None else x * keep
         norm = torch.linalg.vector_norm(seen, dim=self.axes, keepdim=True)
         relative = norm / (norm.mean(-1, keepdim=True) + self.eps)
-        return x + (self.weight * (x * relative) + self.bias)
+        return torch.addcmul(self.bias, x, 1 + self.weight * relative)
 
 # %% ../nbs/11_convnext.ipynb #mlp
 class Mlp(nn.Module):
@@ -74,9 +74,8 @@ class Block(nn.Module):
                )->Tensor: # (N, C, H, W), zero where hidden
         last = None if keep is None else keep.permute(0, 2, 3, 1)
         y = self.norm(self.conv_dw(x).permute(0, 2, 3, 1))
-        y = self.mlp(y, last)
-        if last is not None: y = y * last
-        return x + y.permute(0, 3, 1, 2)
+        y = self.mlp(y, last).permute(0, 3, 1, 2)
+        return x + y if keep is None else torch.addcmul(x, y, keep)
 
 # %% ../nbs/11_convnext.ipynb #stem
 def make_stem(kind:str, # 'mmearth' or 'original'
