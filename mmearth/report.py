@@ -25,13 +25,10 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 import torch
 import yaml
-from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 # %% ../nbs/40_report.ipynb #repo-root
@@ -131,7 +128,7 @@ def declared(notebook:str|Path, # a run notebook
     "The parameters that a run notebook declares, with their defaults."
     notebook = Path(notebook)
     if not notebook.is_file(): raise FileNotFoundError(f'no run notebook {notebook.name}; there are {", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb"))) or "none"}')
-    cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if 'parameters' in c.metadata.get('tags', ())]
+    cells = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if 'parameters' in c['metadata'].get('tags', ())]
     if len(cells) != 1: raise ValueError(f'{notebook.name}: {len(cells)} cells are tagged `parameters`, one is needed; nbdev-clean keeps the tag if allowed_cell_metadata_keys = ["tags"]')
     found = {}
     for line in ast.parse(cells[0]).body:
@@ -173,22 +170,21 @@ class RunError(RuntimeError):
 
 def _tidy(notebook:Path)->str:
     "An executed notebook without clock times, random ids and machine paths."
-    nb, root = nbformat.read(notebook, as_version=4), str(repo_root())
+    nb, root = json.loads(notebook.read_text()), str(repo_root())
     places = [(r'/tmp/ipykernel_\d+/\d+\.py', '<cell>'), (re.escape(root) + '/', ''), (re.escape(root), '.'), (re.escape(sys.prefix), '<python>'), (re.escape(str(Path.home())) + '(?=/)', '~')]
     def clean(text):
+        if isinstance(text, list): return [clean(line) for line in text]
         for found, written in places: text = re.sub(found, written, text)
         return text
-    nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'language_info')}
-    for cell in nb.cells:
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
-        if 'injected-parameters' in cell.metadata.get('tags', ()): cell.id = 'injected'
-        if cell.cell_type == 'markdown': cell.source = clean(cell.source)
+    nb['metadata'] = {k: v for k, v in nb['metadata'].items() if k in ('kernelspec', 'language_info')}
+    for cell in nb['cells']:
+        cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
+        if 'injected-parameters' in cell['metadata'].get('tags', ()): cell['id'] = 'injected'
+        if cell['cell_type'] == 'markdown': cell['source'] = clean(cell['source'])
         for output in cell.get('outputs', ()):
-            if 'text' in output: output.text = clean(output.text)
-            if 'traceback' in output: output.traceback = [clean(line) for line in output.traceback]
-            for kind, data in output.get('data', {}).items():
-                if kind.startswith('text/'): output.data[kind] = clean(data)
-    return nbformat.writes(nb) + '\n'
+            output.update({k: clean(output[k]) for k in ('text', 'traceback') if k in output})
+            output.get('data', {}).update({k: clean(v) for k, v in output.get('data', {}).items() if k.startswith('text/')})
+    return json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n'
 
 # %% ../nbs/40_report.ipynb #recipe-values
 def _recipe_values(recipe:str|Path|None, allowed:dict)->tuple[dict, Path|None]:
@@ -204,13 +200,14 @@ def _recipe_values(recipe:str|Path|None, allowed:dict)->tuple[dict, Path|None]:
 # %% ../nbs/40_report.ipynb #execute
 def _execute(source:Path, folder:Path, params:dict, quiet:bool)->None:
     "Runs `source` into folder/run.ipynb, or leaves folder/run.failed.ipynb and raises."
+    import papermill  # here, because a kernel that only keeps files need not wait for it
     half, whole = folder / 'run.failed.ipynb', folder / 'run.ipynb'
     for stale in (half, whole, folder / 'metrics.json'): stale.unlink(missing_ok=True)
     logging.getLogger('papermill').setLevel(logging.ERROR)
     try: papermill.execute_notebook(source, half, params, kernel_name='python3', cwd=source.parent, progress_bar=not quiet)
     except Exception as error:
         if half.is_file(): _write(half, _tidy(half))
-        reason = f'cell {error.cell_index}: {error.ename}: {error.evalue}' if isinstance(error, PapermillExecutionError) else f'{type(error).__name__}: {error}'
+        reason = f'cell {error.cell_index}: {error.ename}: {error.evalue}' if isinstance(error, papermill.PapermillExecutionError) else f'{type(error).__name__}: {error}'
         raise RunError(f'{folder.name}: {source.name} failed in {reason}; see {half.name} in its folder') from None
     _write(whole, _tidy(half))
     half.unlink()
