@@ -183,7 +183,7 @@ def read_rows(ds:h5py.Dataset, # (N, ...)
     reach = max(ds.chunks[0] if ds.chunks else 1, 4096 // max(out[:1].nbytes, 1))
     runs = np.split(np.arange(len(unique)), np.flatnonzero(np.diff(unique) > reach) + 1) if len(unique) else []
     try:
-        if single and threads > 1 and out[:1].nbytes > 8192:
+        if single and packed and threads > 1 and out[:1].nbytes > 1 << 15:
             with ThreadPoolExecutor(threads) as pool: list(pool.map(lambda i: _unpack(ds, int(unique[i]), out[i], packed), range(len(unique))))
         elif single:
             for i, r in enumerate(unique): _unpack(ds, int(r), out[i], packed)
