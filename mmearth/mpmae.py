@@ -14,6 +14,7 @@ from .heads import make_decoder, make_heads
 from .losses import Balance, task_loss
 from .masking import patchify, unpatchify
 from .modalities import modality, select
+from .sparse import packed
 
 # %% ../nbs/15_mpmae.ipynb #output
 @dataclass
@@ -34,10 +35,12 @@ class MPMAE(nn.Module):
                  decoder_depth:int=1, # its blocks
                  balance:str='uncertainty', # see `Balance`
                  norm_pix:bool=True, # standardise Sentinel-2 target patches
+                 execution:str='packed', # of the encoder: 'packed' (visible patches only) or 'masked' (the dense oracle)
                 ):
         super().__init__()
+        if execution not in ('packed', 'masked'): raise ValueError(f"execution must be 'packed' or 'masked', not {execution!r}")
         if not tasks: raise ValueError('MPMAE needs at least one pretext task')
-        self.encoder, self.norm_pix = encoder, norm_pix
+        self.encoder, self.norm_pix, self.execution = encoder, norm_pix, execution
         self.tasks = {name: tuple(bands) for name, bands in tasks.items()}
         self.proj = nn.Conv2d(encoder.num_features, decoder_width, 1).apply(init_weights)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_width, 1, 1))
@@ -57,7 +60,7 @@ class MPMAE(nn.Module):
                mask:Tensor, # bool (N, L), True = hidden
               )->Tensor: # (N, D, h, w)
         "Encodes what is visible, fills in tokens, mixes the grid."
-        z = self.proj(self.encoder(x, mask))
+        z = self.proj(packed(self.encoder, x, mask) if self.execution == 'packed' else self.encoder(x, mask))
         hidden = mask.reshape(-1, 1, *z.shape[2:])
         return self.decoder(torch.where(hidden, self.mask_token.to(z.dtype), z))
 
