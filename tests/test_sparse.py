@@ -49,7 +49,7 @@ def test_equals_minkowski_engine(name, execution, shared, monkeypatch):
     kept = np.load(shared / 'golden' / f'{name}.npz')
     encoder, names = golden_encoder(kept, monkeypatch)
     mask = torch.ones(len(kept['x']), 49, dtype=torch.bool).scatter_(1, torch.from_numpy(kept['ids']), False)
-    y = EXECUTIONS[execution](encoder, torch.from_numpy(kept['x']), mask)
+    y = EXECUTIONS[execution](encoder, torch.from_numpy(kept['x']).double(), mask)
     want = torch.from_numpy(kept['y'])
     assert (y - want).norm() / want.norm() < 1e-12
     (y * torch.from_numpy(kept['r'])).sum().backward()
