@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmearth.house.Notebook.name': ('house.html#notebook.name', 'mmearth/house.py'),
                                'mmearth.house.Notebook.number': ('house.html#notebook.number', 'mmearth/house.py'),
                                'mmearth.house.check': ('house.html#check', 'mmearth/house.py'),
+                               'mmearth.house.command_lines': ('house.html#command_lines', 'mmearth/house.py'),
                                'mmearth.house.image_bytes': ('house.html#image_bytes', 'mmearth/house.py'),
                                'mmearth.house.is_literal': ('house.html#is_literal', 'mmearth/house.py'),
                                'mmearth.house.main': ('house.html#main', 'mmearth/house.py'),

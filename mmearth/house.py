@@ -6,8 +6,8 @@
 __all__ = ['RULES', 'PLACES', 'CELL_LINES', 'EXPORTED_LINES', 'CELLS', 'FILE_KB', 'IMAGE_KB', 'TEXT_LINES', 'LISTS', 'Cell',
            'Notebook', 'read_notebook', 'House', 'open_house', 'Finding', 'rule', 'numbered', 'titled', 'readable_ids',
            'package_imports', 'one_direction', 'no_star_import', 'no_path_literal', 'sizes', 'output_lines',
-           'image_bytes', 'outputs', 'shown_in_use', 'is_literal', 'run_notebooks', 'traced_figures', 'settings_ini',
-           'pyproject', 'settings_agree', 'check', 'main']
+           'image_bytes', 'outputs', 'shown_in_use', 'is_literal', 'run_notebooks', 'command_lines', 'traced_figures',
+           'settings_ini', 'pyproject', 'settings_agree', 'check', 'main']
 
 # %% ../nbs/90_house.ipynb #imports
 import ast
@@ -294,6 +294,16 @@ def run_notebooks(house:House):
                 if not is_literal(node):
                     yield nb.file, cell.id, f'move `{ast.unparse(node).splitlines()[0]}` to the next cell; papermill replaces literals only'
         if nb.kernel != 'python3': yield nb.file, '', f'kernel {nb.kernel!r} exists on one machine; write python3'
+
+# %% ../nbs/90_house.ipynb #command-lines
+@rule
+def command_lines(house:House):
+    "A cell with a command line is not evaluated by nbdev-test and does nothing in a kernel."
+    for nb in house.library:
+        for cell in nb.exports:
+            asks = [ast.unparse(node.test) for node in cell.tree.body if isinstance(node, ast.If) and '__main__' in ast.unparse(node.test)]
+            if any('__file__' not in test for test in asks) or (asks and not re.search(r'^#\s*\|\s*eval:\s*false', cell.source, re.M)):
+                yield nb.file, cell.id, "write `#| eval: false` and `if __name__ == '__main__' and '__file__' in globals(): ...`"
 
 # %% ../nbs/90_house.ipynb #traced-figures
 @rule

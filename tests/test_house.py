@@ -34,12 +34,10 @@ def test_a_run_notebook_has_one_cell_of_parameters(run):
     assert sum('parameters' in c.tags for c in run.cells) == 1
 
 
-def cell_of(nb, id): return next(c for c in nb['cells'] if c['id'] == id)
-def write(nb, id, text): cell_of(nb, id)['source'] = text
-def show(nb, id, **output): cell_of(nb, id)['outputs'] = [output]
+def code(id, source, *outputs): return dict(cell_type='code', id=id, metadata={}, source=source, outputs=list(outputs))
 
 
-BREAKS = {  # rule -> what to do to a notebook to break it; 10_masking unless a name is given
+BREAKS = {  # rule -> what to do to a notebook to break it
     'titled': lambda nb: nb['cells'].pop(0),
     'readable_ids': lambda nb: nb['cells'][4].update(id='9f3c21ab'),
     'one_direction': lambda nb: nb['cells'].append(code('late', '#| export\nfrom mmearth.house import check')),
@@ -48,11 +46,9 @@ BREAKS = {  # rule -> what to do to a notebook to break it; 10_masking unless a 
     'sizes': lambda nb: nb['cells'].append(code('long', '#| export\n' + 'pass\n' * 46)),
     'outputs': lambda nb: nb['cells'].append(code('error', '1/0', dict(output_type='error', ename='ZeroDivisionError', evalue='', traceback=[]))),
     'shown_in_use': lambda nb: nb['cells'].append(code('unseen', '#| export\ndef unseen(): return 1')),
+    'command_lines': lambda nb: nb['cells'].append(code('wakes', "#| export\n#| eval: false\nif __name__ == '__main__': main()")),
     'numbered': lambda nb: nb['cells'].append(code('again', '#| default_exp other')),
 }
-
-
-def code(id, source, *outputs): return dict(cell_type='code', id=id, metadata={}, source=source, outputs=list(outputs))
 
 
 @pytest.mark.parametrize('rule', BREAKS)
