@@ -171,7 +171,7 @@ class RunError(RuntimeError):
 def _tidy(notebook:Path)->str:
     "An executed notebook without clock times, random ids and machine paths."
     nb, root = json.loads(notebook.read_text()), str(repo_root())
-    places = [(r'/tmp/ipykernel_\d+/\d+\.py', '<cell>'), (re.escape(root) + '/', ''), (re.escape(root), '.'), (re.escape(sys.prefix), '<python>'), (re.escape(str(Path.home())) + '(?=/)', '~')]
+    places = [(r'\S*/ipykernel_\d+/\d+\.py', '<cell>'), (re.escape(root) + '/', ''), (re.escape(root), '.'), (re.escape(sys.prefix), '<python>'), (re.escape(str(Path.home())) + '(?=/)', '~')]
     def clean(text):
         if isinstance(text, list): return [clean(line) for line in text]
         for found, written in places: text = re.sub(found, written, text)
@@ -311,4 +311,4 @@ def main(args:list[str]|None=None, # of the command line, without the program's 
     return run_notebook(a.name, a.run_id, recipe, quiet=a.quiet, **check({k: _typed(v, allowed.get(k)) for k, v in a.params}, allowed, a.name))
 
 # %% ../nbs/40_report.ipynb #command-line
-if __name__ == '__main__': sys.stdout.write(f'{main()}\n')
+if __name__ == '__main__' and '__file__' in globals(): sys.stdout.write(f'{main()}\n')
