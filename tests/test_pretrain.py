@@ -1,0 +1,147 @@
+"""Runs that are killed, damaged data, damaged checkpoints: nothing is lost and every error says what to do."""
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmearth.modalities import TASKS, modality
+from mmearth.pretrain import Diverged, Trainer, checkpoints, latest, pretrain
+from mmearth.recipe import Recipe, RecipeError, save_recipe
+from mmearth.store import Store
+from mmearth.synthetic import write_store
+from mmearth.weights import WeightsError, load_encoder, load_model
+
+SMALL = Recipe(batch=4, epochs=4, save_every=3, log_every=2, decoder_width=32, blr=6e-3)
+
+KILLED = '''
+import sys
+from pathlib import Path
+from mmearth.pretrain import pretrain
+from mmearth.recipe import load_recipe
+from mmearth.store import Store
+pretrain(load_recipe(sys.argv[1]), Store(sys.argv[2]), Path(sys.argv[3]), progress=False)
+'''
+
+
+def weights(run): return load_file(run / 'model.safetensors')
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sigkill_at_any_moment_ends_with_the_same_bits(tiny_store, tmp_path):
+    whole = pretrain(SMALL, Store(tiny_store), tmp_path / 'whole', progress=False)
+    recipe, out = save_recipe(SMALL, tmp_path / 'r.yaml'), tmp_path / 'killed'
+    kills, wait = 0, 0.0
+    for attempt in range(12):
+        p = subprocess.Popen([sys.executable, '-c', KILLED, recipe, tiny_store, out], env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())})
+        before = len(checkpoints(out)) and latest(out).name
+        while p.poll() is None and not (len(checkpoints(out)) and latest(out).name != before): time.sleep(0.01)
+        time.sleep(wait)
+        if p.poll() is not None: break
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        kills, wait = kills + 1, (wait + 0.07) % 0.2
+    assert kills >= 2 and p.returncode == 0
+    assert same(weights(latest(out)), weights(whole.checkpoint))
+    assert not list((out / 'checkpoints').glob('*.part'))
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_a_modality_without_a_single_measurement_is_ignored(name, tiny_store, tmp_path):
+    "NaN in floats, no-data codes in integers: the loss stays finite and the task learns nothing."
+    root = tmp_path / 'store'
+    shutil.copytree(tiny_store, root)
+    m = modality(name)
+    with h5py.File(next(root.glob('*.h5')), 'r+') as f: f[name][:] = np.nan if m.dtype.startswith('float') else m.nodata_stored[0]
+    trainer = Trainer(dataclasses.replace(SMALL, tasks=(name, 'lat' if name != 'lat' else 'lon')), Store(root), tmp_path / 'run')
+    before = {k: v.clone() for k, v in trainer.model.heads[name].state_dict().items()}
+    assert np.isfinite(trainer.update(0))
+    decay = 1 - trainer.optimiser.param_groups[0]['lr'] * SMALL.weight_decay
+    for k, v in trainer.model.heads[name].state_dict().items(): torch.testing.assert_close(v, before[k] * (decay if v.ndim > 1 else 1))
+
+
+def test_nan_scattered_through_the_data(tiny_store, tmp_path):
+    root = tmp_path / 'store'
+    shutil.copytree(tiny_store, root)
+    rng = np.random.default_rng(0)
+    with h5py.File(next(root.glob('*.h5')), 'r+') as f:
+        for name in TASKS:
+            if not modality(name).dtype.startswith('float'): continue
+            x = f[name][:]
+            x[rng.random(x.shape) < 0.3] = rng.choice([np.nan, np.inf, -np.inf])
+            f[name][:] = x
+    run = pretrain(dataclasses.replace(SMALL, epochs=1), Store(root), tmp_path / 'run', progress=False)
+    assert np.isfinite(run.log.loss).all()
+
+
+def test_divergence_names_task_and_tiles_and_keeps_the_checkpoint(tiny_store, tmp_path):
+    trainer = Trainer(SMALL, Store(tiny_store), tmp_path)
+    torch.nn.init.constant_(trainer.model.heads['aster'].conv.bias, float('inf'))
+    with pytest.raises(Diverged, match='aster.* not finite on tiles'): trainer.update(0)
+
+
+def test_another_recipe_does_not_overwrite_a_run(tiny_store, tmp_path):
+    pretrain(dataclasses.replace(SMALL, epochs=0), Store(tiny_store), tmp_path, progress=False)
+    with pytest.raises(RecipeError, match='another recipe .seed: 0 and 1.*choose another folder'):
+        pretrain(dataclasses.replace(SMALL, epochs=0, seed=1), Store(tiny_store), tmp_path, progress=False)
+
+
+def test_other_data_is_noticed(tiny_store, tmp_path):
+    pretrain(dataclasses.replace(SMALL, epochs=0), Store(tiny_store), tmp_path / 'run', progress=False)
+    other = Store(write_store(tmp_path / 'store', n=24, seed=4))
+    with pytest.raises(RecipeError, match='fingerprint'): pretrain(dataclasses.replace(SMALL, epochs=0), other, tmp_path / 'run', progress=False)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tiny_store, tmp_path_factory):
+    return pretrain(dataclasses.replace(SMALL, epochs=0), Store(tiny_store), tmp_path_factory.mktemp('ckpt'), progress=False).checkpoint
+
+
+def edited(checkpoint, tmp_path, **changes):
+    copy = tmp_path / 'copy'
+    shutil.copytree(checkpoint, copy)
+    contract = json.loads((copy / 'contract.json').read_text())
+    for key, value in changes.items():
+        if value is None: del contract[key]
+        else: contract[key] = value
+    (copy / 'contract.json').write_text(json.dumps(contract))
+    return copy
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(bands=None), "'bands' is missing"), (dict(sha256='0' * 64), 'sha256 differs'), (dict(colour='red'), "unknown key 'colour'"),
+    (dict(size='atto'), 'by its contract'), (dict(patch=16), 'by its contract'), (dict(bands=['B2', 'B3']), 'one per band'),
+    (dict(size='giant'), 'unknown size')])
+def test_a_wrong_contract_is_refused(checkpoint, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message): load_encoder(edited(checkpoint, tmp_path, **changes))
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'contract.json'])
+@pytest.mark.parametrize('keep', [0, 0.5])
+def test_a_truncated_or_missing_file_is_refused_by_name(checkpoint, tmp_path, file, keep):
+    copy = edited(checkpoint, tmp_path)
+    whole = (copy / file).read_bytes()
+    (copy / file).write_bytes(whole[:int(keep * len(whole))])
+    with pytest.raises(WeightsError, match=file): load_model(copy)
+    (copy / file).unlink()
+    with pytest.raises(WeightsError, match=f'{file}.* missing'): load_model(copy)
+
+
+def test_accumulation_is_one_larger_batch_seen_in_parts(tiny_store, tmp_path):
+    "Two half batches see the samples of one, and the summed loss is the mean of theirs."
+    parts = Trainer(dataclasses.replace(SMALL, batch=4, accumulate=2), Store(tiny_store), tmp_path / 'a')
+    seen = [parts.feed.batch(p)[2] for p in (0, 4)]
+    whole = Trainer(dataclasses.replace(SMALL, batch=8), Store(tiny_store), tmp_path / 'b')
+    assert np.concatenate(seen).tolist() == whole.feed.batch(0)[2].tolist()
+    assert parts.total == whole.total
