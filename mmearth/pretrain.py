@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['generator', 'epoch_order', 'stream', 'learning_rate', 'parameter_groups', 'check_store', 'Feed', 'build',
            'checkpoints', 'latest', 'moments', 'restore_moments', 'Log', 'Diverged', 'Trainer', 'pick_device', 'save',
-           'resume', 'Run', 'log_row', 'pretrain']
+           'resume', 'Run', 'log_row', 'pretrain', 'pictures']
 
 # %% ../nbs/21_pretrain.ipynb #imports
 import csv, hashlib, json, math, re, shutil, time
@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from .convnext import ConvNeXtV2
-from .dataset import Scale, Store, decode, random_crop
-from .masking import random_mask
+from .dataset import Scale, decode, random_crop
+from .masking import mask_to_pixels, random_mask
 from .modalities import modality, select
-from .mpmae import MPMAE
+from .mpmae import MPMAE, reconstruct
 from .recipe import Recipe, RecipeError, differences, peak_lr, recipe_hash, to_dict, updates
+from .store import LEVELS, Store
 from .weights import Contract, WeightsError, load_into, read_contract, save_weights
 
 # %% ../nbs/21_pretrain.ipynb #stream
@@ -281,3 +282,19 @@ def pretrain(recipe:Recipe, # what to do
     log.close()
     if done == trainer.total and not (trainer.out / 'checkpoints' / f'step-{done:08d}').exists(): save(trainer, done)
     return Run(latest(out), pd.read_csv(log.path), done, trainer.model.eval())
+
+# %% ../nbs/21_pretrain.ipynb #pictures
+def pictures(model:MPMAE, feed:Feed, position:int=0)->tuple[dict, dict, np.ndarray]: # truth, prediction: task -> (C, H, W) or (H, W); hidden pixels, bool (H, W)
+    "Truth (NaN or -1 where unmeasured), prediction and hidden pixels of one tile."
+    batch, mask, rows = feed.batch(position)
+    guesses = reconstruct(model, batch, mask)
+    i = int(torch.stack([batch['valid'][t].flatten(1).any(1) for t in guesses]).sum(0).argmax())
+    level = LEVELS.index(feed.store.levels[rows[i]])
+    truth, guess = {}, {}
+    for t, predicted in guesses.items():
+        true, there, predicted = batch[t][i], batch['valid'][t][i], predicted[i]
+        if modality(t).kind == 'continuous':
+            mean, inverse = (table[t][level if modality(t).by_level else 0][:, None, None] for table in (feed.scale.mean, feed.scale.inverse))
+            true, predicted = (true / inverse + mean).where(there, torch.nan), predicted / inverse + mean
+        truth[t], guess[t] = true.cpu().numpy(), predicted.cpu().numpy()
+    return truth, guess, mask_to_pixels(mask[i:i + 1], feed.recipe.crop)[0, 0].cpu().numpy()
