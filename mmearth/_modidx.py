@@ -2,12 +2,12 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'mmearth'},
   'syms': { 'mmearth.compare': { 'mmearth.compare._listed': ('compare.html#_listed', 'mmearth/compare.py'),
-                                 'mmearth.compare._spread': ('compare.html#_spread', 'mmearth/compare.py'),
                                  'mmearth.compare._summary': ('compare.html#_summary', 'mmearth/compare.py'),
                                  'mmearth.compare.comparison_table': ('compare.html#comparison_table', 'mmearth/compare.py'),
                                  'mmearth.compare.headline': ('compare.html#headline', 'mmearth/compare.py'),
                                  'mmearth.compare.markdown': ('compare.html#markdown', 'mmearth/compare.py'),
                                  'mmearth.compare.percent': ('compare.html#percent', 'mmearth/compare.py'),
+                                 'mmearth.compare.t_interval': ('compare.html#t_interval', 'mmearth/compare.py'),
                                  'mmearth.compare.wide_table': ('compare.html#wide_table', 'mmearth/compare.py')},
             'mmearth.convnext': { 'mmearth.convnext.Block': ('convnext.html#block', 'mmearth/convnext.py'),
                                   'mmearth.convnext.Block.__init__': ('convnext.html#block.__init__', 'mmearth/convnext.py'),

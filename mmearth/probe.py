@@ -178,7 +178,7 @@ def probe(train_x:np.ndarray, train_y, # (n, F) features and (n,) classes to lea
           val_fraction='same', # share of validation labels used: 'same' as in training, or a number
           task:str='', # name of the task, copied into every row
           run_id:str='', # name of the run, copied into every row
-         )->pd.DataFrame: # task, protocol, fraction, seed, split, metric, value, low, high, run_id, n_train, C
+         )->pd.DataFrame: # task, protocol, fraction, seed, split, metric, value, low, high, run_id, n_train, n_test, C
     "Results of both readers for every share of labels, seed and test split."
     unknown = [p for p in protocols if p not in PROTOCOLS]
     if unknown: raise ValueError(f'probe: unknown protocols {unknown}; there are {", ".join(PROTOCOLS)}')
@@ -192,6 +192,6 @@ def probe(train_x:np.ndarray, train_y, # (n, F) features and (n,) classes to lea
             for protocol in protocols:
                 predicted, C = _answers(protocol, (train_x[part], train_y[part]), (val_x[check], val_y[check]), tests)
                 for split, (_, y) in tests.items():
-                    rows += [dict(task=task, protocol=protocol, fraction=fraction, seed=seed, split=split, **s, run_id=run_id, n_train=len(part), C=C)
+                    rows += [dict(task=task, protocol=protocol, fraction=fraction, seed=seed, split=split, **s, run_id=run_id, n_train=len(part), n_test=len(y), C=C)
                              for s in scores(y, predicted[split], classes)]
     return pd.DataFrame(rows)

@@ -109,7 +109,7 @@ def test_validation_labels_are_rationed():
 def test_rows_are_complete_and_repeatable():
     (x, y), (v, w), test = blobs(400, 0), blobs(200, 1), blobs(300, 2)
     rows = [p.probe(x, y, v, w, {'images': test, 'regions': test}, fractions=(0.05, 1.0), seeds=(3, 4), task='t', run_id='r') for _ in range(2)]
-    assert list(rows[0]) == ['task', 'protocol', 'fraction', 'seed', 'split', 'metric', 'value', 'low', 'high', 'run_id', 'n_train', 'C']
+    assert list(rows[0]) == ['task', 'protocol', 'fraction', 'seed', 'split', 'metric', 'value', 'low', 'high', 'run_id', 'n_train', 'n_test', 'C']
     assert rows[0].equals(rows[1]) and len(rows[0]) == 3 * 2 * 2 * 2
     assert rows[0].query('fraction == 1').seed.unique().tolist() == [3]
     assert rows[0].groupby(['protocol', 'fraction']).value.mean()['linear', 1.0] > 0.8
