@@ -7,6 +7,7 @@ __all__ = ['SIDE_FILES', 'LEVELS', 'StoreError', 'find_files', 'read_json', 'ban
            'check_splits', 'read_labels', 'read_rows', 'Handle', 'stats_owner', 'check_stats', 'fingerprint', 'Store']
 
 # %% ../nbs/05_store.ipynb #imports
+import gc
 import hashlib
 import json
 import os
@@ -52,9 +53,12 @@ def find_files(root, # folder of the store
     return paths
 
 def read_json(path)->dict:
-    "Reads a JSON object; NaN and Infinity are accepted."
+    "Reads a JSON object; NaN and Infinity are accepted. Garbage collection rests meanwhile: a million tiles parse several times faster."
+    collecting = gc.isenabled()
+    gc.disable()
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, OSError) as e: raise StoreError(path, '', f'not readable as JSON ({e})', 'it may be cut short: download it again') from e
+    finally: (gc.enable if collecting else gc.disable)()
     if not isinstance(found, dict): raise StoreError(path, '', f'a JSON {type(found).__name__}, an object expected', 'download it again')
     return found
 
