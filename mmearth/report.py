@@ -171,7 +171,7 @@ class RunError(RuntimeError):
 def _tidy(notebook:Path)->str:
     "An executed notebook without clock times, random ids and machine paths."
     nb, root = json.loads(notebook.read_text()), str(repo_root())
-    places = [(r'\S*/ipykernel_\d+/\d+\.py', '<cell>'), (re.escape(root) + '/', ''), (re.escape(root), '.'), (re.escape(sys.prefix), '<python>'), (re.escape(str(Path.home())) + '(?=/)', '~')]
+    places = [(r'\S*/ipykernel_\d+/\d+\.py', '<cell>'), (re.escape(root) + '/', ''), (re.escape(root), '.'), (re.escape(sys.prefix), '<python>'), (re.escape(str(Path.home()).rstrip('/')) + '(?=/)' if len(str(Path.home())) > 1 else '$^', '~')]
     def clean(text):
         if isinstance(text, list): return [clean(line) for line in text]
         for found, written in places: text = re.sub(found, written, text)
