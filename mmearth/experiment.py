@@ -146,7 +146,7 @@ def experiment(name:str, # of a file in nbs/runs/experiments
     e = load_experiment(repo_root() / 'nbs' / 'runs' / 'experiments' / f'{name}.yaml')
     jobs = jobs or (1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1))
     run_jobs(e, f'{into}/runs', jobs)
-    return run_notebook('report', f'{name}-report', runs=f'{into}/runs', quiet=True, name=name, into=into, question=e.question, arms=list(e.arms))
+    return run_notebook('report', f'{name}-report', runs=f'{into}/runs', quiet=True, experiment=name, source=into, into=into, question=e.question, arms=list(e.arms))
 
 # %% ../nbs/42_experiment.ipynb #main
 def main(args:list[str]|None=None)->Path:

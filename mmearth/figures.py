@@ -385,7 +385,7 @@ def write_table(name:str, # file name without ending
 
 # %% ../nbs/41_figures.ipynb #save-figure
 def save_figure(name:str, # file name without ending
-                fig, # matplotlib figure
+                fig, # matplotlib figure, or the path of a PNG that a run kept
                 run_ids, # runs it was drawn from
                 maker:str, # notebook that drew it
                 into:str|Path='reports/figures', # folder, relative to the repository
@@ -394,7 +394,8 @@ def save_figure(name:str, # file name without ending
     keep = Keep(into)
     png, side = keep.path / f'{name}.png', keep.path / f'{name}.json'
     facts_, old = dict(maker=maker, run_ids=sorted(set(map(str, run_ids)))), png.read_bytes() if png.is_file() else b''
-    keep.figure(name, fig)
+    if isinstance(fig, Path): png.write_bytes(fig.read_bytes())
+    else: keep.figure(name, fig)
     known = json.loads(side.read_text()) if side.is_file() else {}
     if png.read_bytes() != old or {k: known.get(k) for k in facts_} != facts_: keep.json(name, dict(facts_, commit=environment()['commit']))
     return png
