@@ -167,4 +167,4 @@ def main(args:list[str]|None=None)->Path:
     return kept
 
 # %% ../nbs/42_experiment.ipynb #command-line
-if __name__ == '__main__': main()
+if __name__ == '__main__' and '__file__' in globals(): main()
