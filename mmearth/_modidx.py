@@ -263,6 +263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.report._json': ('report.html#_json', 'mmearth/report.py'),
                                 'mmearth.report._png': ('report.html#_png', 'mmearth/report.py'),
                                 'mmearth.report._recipe_values': ('report.html#_recipe_values', 'mmearth/report.py'),
+                                'mmearth.report._settled': ('report.html#_settled', 'mmearth/report.py'),
                                 'mmearth.report._tidy': ('report.html#_tidy', 'mmearth/report.py'),
                                 'mmearth.report._typed': ('report.html#_typed', 'mmearth/report.py'),
                                 'mmearth.report._write': ('report.html#_write', 'mmearth/report.py'),

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .dataset import statistics
 from .modalities import Modality, modality

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 import yaml
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .dataset import Store
 from .eurosat import write_eurosat
 from .recipe import Recipe, RecipeError, check, to_dict

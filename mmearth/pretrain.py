@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .convnext import ConvNeXtV2
 from .dataset import Scale, decode, random_crop
 from .masking import mask_to_pixels, random_mask

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .dataset import Scale, decode
 from .modalities import modality, select, valid
 from .store import Store

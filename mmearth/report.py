@@ -150,6 +150,17 @@ def check(given:dict, # name -> value
     return checked
 
 # %% ../nbs/40_report.ipynb #tidy
+def _settled(outputs:list)->list:
+    "Outputs as a terminal would show them in the end: pieces of one stream joined, a progress bar in its last state."
+    kept = []
+    for output in outputs:
+        if output['output_type'] != 'stream': kept.append(output); continue
+        text = ''.join(output['text'])
+        if kept and kept[-1].get('name') == output['name']: text = ''.join(kept.pop()['text']) + text
+        lines = [next((part for part in reversed(line.split('\r')) if part.strip()), '') for line in text.split('\n')]
+        kept.append(dict(output, text='\n'.join(lines).splitlines(True)))
+    return kept
+
 class RunError(RuntimeError):
     "A run notebook did not finish."
 
@@ -166,6 +177,7 @@ def _tidy(notebook:Path)->str:
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
         if 'injected-parameters' in cell['metadata'].get('tags', ()): cell['id'] = 'injected'
         if cell['cell_type'] == 'markdown': cell['source'] = clean(cell['source'])
+        if 'outputs' in cell: cell['outputs'] = _settled(cell['outputs'])
         for output in cell.get('outputs', ()):
             output.update({k: clean(output[k]) for k in ('text', 'traceback') if k in output})
             output.get('data', {}).update({k: clean(v) for k, v in output.get('data', {}).items() if k.startswith('text/')})

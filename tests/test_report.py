@@ -143,3 +143,11 @@ def test_this_repository_indexes(tmp_path, monkeypatch):
     runs = report.repo_root() / 'reports' / 'runs'
     for run in report.load_runs():
         assert (runs / run['run_id'] / 'params.json').is_file() and run['metrics'] and 'seconds' in run['env'], run['run_id']
+
+
+def test_a_progress_bar_is_kept_in_its_last_state(repo):
+    write(repo, 'bar', 'steps = 3\nout = ""', KEEP + '\nimport sys\nfor i in range(4):\n    sys.stderr.write(f"\\r{i} of 3"); sys.stderr.flush()\nsys.stderr.write("\\ndone\\n")')
+    folder = report.run_notebook('bar', 'a', quiet=True)
+    cell = json.loads((folder / 'run.ipynb').read_text())['cells'][-1]
+    text = ''.join(t for o in cell['outputs'] if o.get('name') == 'stderr' for t in o['text'])
+    assert '3 of 3\ndone\n' in text and '1 of 3' not in text
