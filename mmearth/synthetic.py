@@ -185,7 +185,7 @@ def terrain(t):
 # %% ../nbs/02_synthetic.ipynb #parcels
 def hashed(a, b, salt):
     "A number in [0, 1) for every pair of whole numbers, the same each time."
-    h = a.astype('uint32') * np.uint32(0x9E3779B1) ^ b.astype('uint32') * np.uint32(0x85EBCA77) ^ np.uint32(salt) * np.uint32(0xC2B2AE3D)
+    h = a.astype('uint32') * np.uint32(0x9E3779B1) ^ b.astype('uint32') * np.uint32(0x85EBCA77) ^ np.atleast_1d(salt).astype('uint32') * np.uint32(0xC2B2AE3D)
     for multiplier in (0x2C1B3C6D, 0x297A2D39): h = (h ^ h >> np.uint32(15)) * np.uint32(multiplier)
     return (h >> np.uint32(8)).astype('float32') / np.float32(2**24)
 
@@ -236,7 +236,7 @@ def phenology(t):
     peak = np.where(t.kind < 0.4, -1.2, 0.5) + 1.2 * (t.other - 0.5)  # winter crops before midsummer, summer crops after it
     late = (2 * np.pi * (t.month - np.where(t.lat >= 0, 7.2, 1.2)) / 12 - peak + np.pi) % (2 * np.pi) - np.pi
     crop = t.field & (t.surface == KIND.crop)
-    t.grown = crop * np.exp(-(late / np.where(t.swing < 5, 1.3, 0.75))**2) * (0.4 + 0.6 * ramp(t.moist - 0.2, 0.3))
+    t.grown = (crop * np.exp(-(late / np.where(t.swing < 5, 1.3, 0.75))**2) * (0.4 + 0.6 * ramp(t.moist - 0.2, 0.3))).astype('float32')
     t.closure = np.clip(np.where(crop, 1.3 * t.grown + np.where(abs(late - 1) < 0.8, 0.75, 0.12), SURFACES['closure'][t.surface]), 0, 1).astype('float32')
     t.green = np.where(crop, np.clip(1.25 * t.grown / (t.grown + 0.35), 0, 1), calendars[t.tile, SURFACES['calendar'][t.surface]])
     cold = 2.5 * (0.5 - t.luck.snow) - 0.5 * (t.now + t.before) - 1.5 + LAPSE * (t.height - t.elevation) + 0.8 * t.noise.soil + 0.6 * t.noise.cloud
@@ -264,7 +264,7 @@ def reflectance(t):
     rough, homes = 1.8 * smooth(t.grain[:, 0], 0.7), np.isin(t.surface, (KIND.roof, KIND.house))
     shade = 1 - tall * (0.012 * t.canopy + 0.16 * np.clip(rough, -1, 1.8)) - 0.06 * n.lush * ~homes - 0.2 * homes * np.clip(rough, -1.5, 1.5)
     tone = 1 + 0.13 * n.soil + 0.3 * (t.kind - 0.5) * t.field + 0.03 * rough - 0.12 * np.clip(t.wet, -1, 2) + homes * (0.35 * rough + 0.3 * (t.other - 0.5))
-    pigment = 1 + ((t.other - 0.5) * t.field)[..., None] * AIR['parcel'] + (luck.stature - 0.5)[..., None] * AIR['sort']  # leaves differ by parcel and tile
+    pigment = 1 + ((t.other - 0.5) * t.field)[..., None] * AIR['parcel'].astype('f4') + (luck.stature - 0.5)[..., None] * AIR['sort'].astype('f4')
     x = t.leafy[..., None] * pigment * live + (closure - t.leafy)[..., None] * dead + ((1 - closure) * np.clip(tone, 0.3, 2.2))[..., None] * bed
     x += (t.snow * (1 - 0.85 * tall))[..., None] * (REFLECTANCE['snow'] * (0.9 + 0.05 * n.soil)[..., None] - x)
     lit = np.clip(up - t.east * east + t.south * north, 0, None) / np.sqrt(1 + t.east**2 + t.south**2)
@@ -281,7 +281,7 @@ def sentinel2(t):
     clear = clear * np.where(AIR['band'] == 'B9', np.exp(-0.03 * np.clip(t.now + 5 + 24 * (luck.wind - 0.5), 0, 45)), 1)[:, 0, :, None, None]  # vapour
     x = np.where(l2a, x * (0.95 + 0.1 * luck.flow[:, None]) + 2e-5 * (haze - 0.4) * dust, clear * x + 1e-4 * (thin_air * path + haze * dust))
     thick, veil = luck.cloud < RATES['cloud'], luck.cloud > 1 - RATES['cloud']
-    cloud = np.where(thick, ramp(1.6 * n.cloud - 1 - 2.2 * luck.x, 0.5), veil * 0.3 * ramp(n.cloud, 1.5))
+    cloud = np.where(thick, ramp(1.6 * n.cloud - 1.3 - 2.2 * luck.x, 0.5), veil * 0.3 * ramp(n.cloud, 1.5))
     shadow = 1 - 0.45 * thick * np.roll(cloud, (7, -5), (1, 2))
     x = x * (shadow * (1 - cloud))[:, None] + cloud[:, None] * REFLECTANCE['cloud'][:, None, None]
     for i in range(13): x[:, i] += (0.001 + 0.006 * x[:, i]) * np.roll(t.grain[:, i % 4], 5 * i, 2)
@@ -353,9 +353,9 @@ def scene(t):
     holds = np.array(share) > SCENES['share'][:, None]
     return np.where(holds.any(0), holds.argmax(0), -1)
 
-def search(world, seed, rows, size, tries=200):
-    "The scenes that rows are to show, in a shuffled turn, and the first attempt of each row whose latent state shows it."
-    targets = (rows + (99 * hashed(rows // 10, 0 * rows + seed, world)).astype(int)) % (len(SCENES) - 1)  # every scene once in ten rows
+def search(world, seed, rows, size, tries=1000):
+    "The scenes that rows are to show, each once in ten rows, and the first attempt of each row whose latent state shows it."
+    targets = (rows + (99 * hashed(rows // 10, 0 * rows + seed, world)).astype(int)) % (len(SCENES) - 1)  # ten rows begin anywhere
     attempts, left = 0 * rows, np.arange(len(rows))
     for _ in range(tries):
         left = left[scene(land(world, seed, rows[left], size, attempts[left], targets[left])) != targets[left]]
