@@ -234,6 +234,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmearth.probe.macro_f1': ('probe.html#macro_f1', 'mmearth/probe.py'),
                                'mmearth.probe.nested_subsets': ('probe.html#nested_subsets', 'mmearth/probe.py'),
                                'mmearth.probe.probe': ('probe.html#probe', 'mmearth/probe.py'),
+                               'mmearth.probe.redrawn': ('probe.html#redrawn', 'mmearth/probe.py'),
                                'mmearth.probe.scores': ('probe.html#scores', 'mmearth/probe.py')},
             'mmearth.recipe': { 'mmearth.recipe.Recipe': ('recipe.html#recipe', 'mmearth/recipe.py'),
                                 'mmearth.recipe.Recipe.__post_init__': ('recipe.html#recipe.__post_init__', 'mmearth/recipe.py'),

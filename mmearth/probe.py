@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['C_GRID', 'PROTOCOLS', 'features', 'image_statistics', 'nested_subsets', 'knn_probe', 'linear_probe', 'confusion',
-           'macro_f1', 'bootstrap', 'scores', 'probe']
+           'macro_f1', 'redrawn', 'bootstrap', 'scores', 'probe']
 
 # %% ../nbs/31_probe.ipynb #imports
 import copy
@@ -135,43 +135,56 @@ def macro_f1(table:np.ndarray, # (..., K, K)
     return (f1 * (true > 0)).sum(-1) / np.maximum((true > 0).sum(-1), 1)
 
 # %% ../nbs/31_probe.ipynb #bootstrap
+def redrawn(tables:np.ndarray, # (G, ...) counts of each block, images or confusion tables
+            n:int=1000, # repetitions
+            seed:int=0, # of the drawing
+           )->np.ndarray: # (n, ...) sums over G blocks drawn with replacement
+    "Counts of redrawn test sets."
+    draws = np.random.default_rng(seed).multinomial(len(tables), np.full(len(tables), 1 / len(tables)), n)
+    return (draws.astype(np.float64) @ tables.reshape(len(tables), -1)).reshape(n, *tables.shape[1:])
+
 def bootstrap(correct, # (n,) was each image named correctly?
               n:int=1000, # repetitions
               seed:int=0, # of the drawing
               level:float=0.95, # share of repetitions inside the interval
+              blocks=None, # (n,) block of each image; drawn whole. None: every image is its own
              )->tuple[float, float]: # low, high
-    "Percentile interval of the accuracy over redrawn test images."
-    correct = np.asarray(correct, bool)
+    "Percentile interval of the accuracy over redrawn test images or blocks of them."
+    correct = np.asarray(correct, float)
     if not len(correct): raise ValueError('bootstrap: no test images')
-    draws = np.random.default_rng(seed).binomial(len(correct), correct.mean(), n) / len(correct)
-    return tuple(float(q) for q in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    block = np.arange(len(correct)) if blocks is None else np.unique(np.asarray(blocks), return_inverse=True)[1]
+    if block.max() == 0: raise ValueError('bootstrap: a single block cannot be redrawn; test on more places')
+    drawn = redrawn(np.stack([np.bincount(block, correct), np.bincount(block)], axis=1), n, seed)
+    return tuple(float(q) for q in np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2]))
 
 def scores(truth, predicted, # (n,) classes
            classes, # all that may occur
            n:int=1000, # bootstrap repetitions
            seed:int=0, # of the drawing
+           blocks=None, # (n,) block of each image, see `bootstrap`
           )->list[dict]: # metric, value, low, high
-    "Accuracy and macro-F1 with 95 % percentile intervals over test images."
-    table = confusion(truth, predicted, classes)
-    correct = np.asarray(truth) == np.asarray(predicted)
-    low, high = bootstrap(correct, n, seed)
-    draws = np.random.default_rng(seed).multinomial(table.sum(), table.ravel() / table.sum(), n).reshape(n, *table.shape)
-    f1_low, f1_high = np.quantile(macro_f1(draws), [0.025, 0.975])
+    "Accuracy and macro-F1 with 95 % percentile intervals over test images or blocks of them."
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    correct, table = truth == predicted, confusion(truth, predicted, classes)
+    if blocks is None: drawn = np.random.default_rng(seed).multinomial(table.sum(), table.ravel() / table.sum(), n).reshape(n, *table.shape)
+    else: drawn = redrawn(np.stack([confusion(truth[blocks == b], predicted[blocks == b], classes) for b in np.unique(blocks)]), n, seed)
+    low, high = bootstrap(correct, n, seed, blocks=blocks)
+    f1_low, f1_high = np.quantile(macro_f1(drawn), [0.025, 0.975])
     return [dict(metric='accuracy', value=float(correct.mean()), low=low, high=high),
             dict(metric='macro_f1', value=float(macro_f1(table)), low=float(f1_low), high=float(f1_high))]
 
 # %% ../nbs/31_probe.ipynb #probe-splits
 def _answers(protocol:str, train, val, tests:dict)->tuple[dict, float]:
     "Predicted classes of each test split, and the strength chosen (NaN for neighbours)."
-    if protocol == 'knn': return {s: knn_probe(*train, x) for s, (x, _) in tests.items()}, float('nan')
+    if protocol == 'knn': return {s: knn_probe(*train, x) for s, (x, *_) in tests.items()}, float('nan')
     model = linear_probe(*train, *val)
-    return {s: model.predict(x) for s, (x, _) in tests.items()}, float(model.named_steps.logistic.C)
+    return {s: model.predict(x) for s, (x, *_) in tests.items()}, float(model.named_steps.logistic.C)
 
 PROTOCOLS = ('knn', 'linear')
 
 def probe(train_x:np.ndarray, train_y, # (n, F) features and (n,) classes to learn from
           val_x:np.ndarray, val_y, # to choose the strength with
-          tests:dict, # split -> (features, classes)
+          tests:dict, # split -> (features, classes), or (features, classes, blocks) where places are drawn whole
           fractions=(0.01, 0.05, 0.5, 1.0), # shares of the labels
           seeds=(0, 1, 2), # which labels are in a share
           protocols=PROTOCOLS, # readers
@@ -183,7 +196,7 @@ def probe(train_x:np.ndarray, train_y, # (n, F) features and (n,) classes to lea
     unknown = [p for p in protocols if p not in PROTOCOLS]
     if unknown: raise ValueError(f'probe: unknown protocols {unknown}; there are {", ".join(PROTOCOLS)}')
     train_y, val_y, rows = np.asarray(train_y), np.asarray(val_y), []
-    classes = sorted(set(train_y).union(val_y, *(y for _, y in tests.values())))
+    classes = sorted(set(train_y).union(val_y, *(t[1] for t in tests.values())))
     for i, seed in enumerate(seeds):
         for fraction, part in nested_subsets(train_y, fractions, seed).items():
             if fraction == 1 and i: continue
@@ -191,7 +204,7 @@ def probe(train_x:np.ndarray, train_y, # (n, F) features and (n,) classes to lea
             check = nested_subsets(val_y, (share,), seed)[share]
             for protocol in protocols:
                 predicted, C = _answers(protocol, (train_x[part], train_y[part]), (val_x[check], val_y[check]), tests)
-                for split, (_, y) in tests.items():
+                for split, (_, y, *blocks) in tests.items():
                     rows += [dict(task=task, protocol=protocol, fraction=fraction, seed=seed, split=split, **s, run_id=run_id, n_train=len(part), n_test=len(y), C=C)
-                             for s in scores(y, predicted[split], classes)]
+                             for s in scores(y, predicted[split], classes, blocks=blocks[0] if blocks else None)]
     return pd.DataFrame(rows)
