@@ -159,6 +159,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.losses.Balance.forward': ('losses.html#balance.forward', 'mmearth/losses.py'),
                                 'mmearth.losses.image_classification': ('losses.html#image_classification', 'mmearth/losses.py'),
                                 'mmearth.losses.image_regression': ('losses.html#image_regression', 'mmearth/losses.py'),
+                                'mmearth.losses.patch_moments': ('losses.html#patch_moments', 'mmearth/losses.py'),
                                 'mmearth.losses.pixel_classification': ('losses.html#pixel_classification', 'mmearth/losses.py'),
                                 'mmearth.losses.pixel_regression': ('losses.html#pixel_regression', 'mmearth/losses.py'),
                                 'mmearth.losses.present_mean': ('losses.html#present_mean', 'mmearth/losses.py'),

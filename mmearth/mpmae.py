@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from .convnext import ConvNeXtV2, LayerNorm2d, init_weights
 from .heads import make_decoder, make_heads
-from .losses import Balance, task_loss
+from .losses import Balance, patch_moments, task_loss
 from .masking import patchify, unpatchify
 from .modalities import modality, select
 from .sparse import packed
@@ -106,9 +106,9 @@ def reconstruct(model:MPMAE, # trained
         if m.level != 'pixel': continue
         rows = preds[name].float()
         if name == 'sentinel2' and model.norm_pix:
-            seen = batch[name][:, select(bands, model.wanted[name])]
-            true = patchify(seen, model.encoder.patch)
-            rows = rows * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+            true, there = (patchify(x[:, select(bands, model.wanted[name])], model.encoder.patch).float() for x in (batch[name], batch['valid'][name]))
+            mean, deviation = patch_moments(true, there)
+            rows = rows * deviation + mean
         image = unpatchify(rows, model.encoder.patch, m.outputs if m.kind == 'categorical' else len(bands))
         images[name] = image.argmax(1) if m.kind == 'categorical' else image
     return images

@@ -75,7 +75,9 @@ def check_store(store:Store, recipe:Recipe):
     try: select(recipe.bands, store.bands('sentinel2'), store.root.name)
     except KeyError as e: raise RecipeError(f'bands: {e.args[0]}') from e
     if recipe.crop > store.size: raise RecipeError(f'crop: {recipe.crop} is larger than the tiles of {store.root.name} ({store.size} pixels)')
-    if not len(store.rows(recipe.split)): raise RecipeError(f'split: {store.root.name} has no rows in {recipe.split!r}')
+    n = len(store.rows(recipe.split))
+    if not n: raise RecipeError(f'split: {store.root.name} has no rows in {recipe.split!r}')
+    if recipe.epochs and not updates(recipe, n): raise RecipeError(f'epochs: {recipe.epochs:g} of {n} samples are less than one update of {recipe.batch * recipe.accumulate}; lower batch or accumulate')
 
 # %% ../nbs/21_pretrain.ipynb #feed
 class Feed:
@@ -143,12 +145,17 @@ class Log:
     "Rows of a run: `log.csv`, and TensorBoard events where the package is installed."
     def __init__(self, out:Path, tasks:tuple[str, ...], start:int):
         self.path = Path(out) / 'log.csv'
-        old = pd.read_csv(self.path) if start and self.path.exists() else None
-        if old is not None: old[old.step <= start].to_csv(self.path, index=False)
+        old = pd.read_csv(self.path) if start and self.path.exists() and self.path.stat().st_size else None
+        if old is not None:
+            beside = self.path.with_suffix('.part')
+            old[old.step <= start].to_csv(beside, index=False)
+            beside.replace(self.path)
         self.file = open(self.path, 'a' if old is not None else 'w', newline='')
         columns = ['step', 'samples', 'lr', 'loss', *tasks, *(f's_{t}' for t in tasks), 'seconds', 'samples_per_second']
         self.rows = csv.DictWriter(self.file, columns, lineterminator='\n')
-        if old is None: self.rows.writeheader()
+        if old is None:
+            self.rows.writeheader()
+            self.file.flush()
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError: self.board = None
         else: self.board = SummaryWriter(Path(out) / 'tensorboard', purge_step=start)
@@ -199,16 +206,18 @@ class Trainer:
             self.sums += torch.stack([torch.where(present, losses, 0), present.float()])
             self.count += torch.tensor([loss, 1.])
             total += loss / r.accumulate
+        gradients = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None])
+        if not gradients.isfinite().all(): self.diverged(step, losses, rows, 'the gradient')
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return total
 
-    def diverged(self, step:int, losses:torch.Tensor, rows:np.ndarray):
+    def diverged(self, step:int, losses:torch.Tensor, rows:np.ndarray, what:str='the loss'):
         "Stops with the names of the tasks and tiles at fault."
         tasks = [t for t, l in zip(self.model.tasks, losses.tolist()) if not math.isfinite(l)]
         tiles = [self.store.tile_ids[i] for i in rows]
-        raise Diverged(f'update {step}: the loss of {", ".join(tasks) or "the log-variances"} is not finite on tiles {", ".join(tiles[:16])}'
-            f'{" ..." if len(tiles) > 16 else ""}; the last checkpoint is whole, lower blr or lengthen the warm-up and run again')
+        raise Diverged(f'update {step}: {what} of {", ".join(tasks) or "some task"} is not finite on tiles {", ".join(tiles[:16])}'
+            f'{" ..." if len(tiles) > 16 else ""}; the last checkpoint is whole. Lower blr or lengthen the warm-up, and run in another folder')
 
 # %% ../nbs/21_pretrain.ipynb #pick-device
 def pick_device()->str:
@@ -220,9 +229,9 @@ def pick_device()->str:
 def save(trainer:Trainer, step:int)->Path:
     "Writes the checkpoint of a finished number of updates and drops old ones."
     folder = trainer.out / 'checkpoints' / f'step-{step:08d}'
-    state = dict(step=step, sums=trainer.sums.tolist(), count=trainer.count.tolist())
+    state = dict(step=step, device=trainer.device.type, sums=trainer.sums.tolist(), count=trainer.count.tolist())
     save_weights(folder, trainer.model, trainer.contract, dict(optimiser=moments(trainer.model, trainer.optimiser)), state)
-    for old in checkpoints(trainer.out)[:-trainer.recipe.keep]: shutil.rmtree(old)
+    for old in checkpoints(trainer.out)[:-trainer.recipe.keep]: shutil.rmtree(old.rename(old.with_suffix('.old')))
     return folder
 
 def resume(trainer:Trainer)->int: # updates already done
@@ -232,9 +241,10 @@ def resume(trainer:Trainer)->int: # updates already done
     contract = read_contract(folder)
     other = differences(contract.recipe, to_dict(trainer.recipe)) + differences(contract.data, trainer.contract.data)
     if other: raise RecipeError(f'{trainer.out.name} holds a run of another recipe ({"; ".join(other)}); choose another folder or remove it')
+    state = json.loads((folder / 'state.json').read_text())
+    if state['device'] != trainer.device.type: raise RecipeError(f'device: {trainer.out.name} was begun on {state["device"]}, this is {trainer.device.type}; name the device in the recipe')
     load_into(trainer.model, folder)
     restore_moments(trainer.model, trainer.optimiser, load_file(folder / 'optimiser.safetensors'))
-    state = json.loads((folder / 'state.json').read_text())
     trainer.sums, trainer.count = torch.tensor(state['sums']), torch.tensor(state['count'])
     return state['step']
 
@@ -242,7 +252,7 @@ def resume(trainer:Trainer)->int: # updates already done
 @dataclass
 class Run:
     "A finished (or stopped) pretraining run."
-    checkpoint:Path  # newest checkpoint
+    checkpoint:Path|None  # newest checkpoint; None when stopped before the first
     log:pd.DataFrame  # rows of log.csv
     updates:int  # updates done
     model:MPMAE  # as trained, on its device
@@ -281,7 +291,7 @@ def pretrain(recipe:Recipe, # what to do
             if done % recipe.save_every == 0 and done < trainer.total: save(trainer, done)
     log.close()
     if done == trainer.total and not (trainer.out / 'checkpoints' / f'step-{done:08d}').exists(): save(trainer, done)
-    return Run(latest(out), pd.read_csv(log.path), done, trainer.model.eval())
+    return Run(latest(out) if checkpoints(out) else None, pd.read_csv(log.path), done, trainer.model.eval())
 
 # %% ../nbs/21_pretrain.ipynb #pictures
 def pictures(model:MPMAE, feed:Feed, position:int=0)->tuple[dict, dict, np.ndarray]: # truth, prediction: task -> (C, H, W) or (H, W); hidden pixels, bool (H, W)

@@ -7,11 +7,12 @@ __all__ = ['TASK_SETS', 'CHOICES', 'POSITIVE', 'RecipeError', 'Recipe', 'coerce'
            'save_recipe', 'to_dict', 'recipe_hash', 'differences', 'updates', 'peak_lr']
 
 # %% ../nbs/20_recipe.ipynb #imports
-import dataclasses, difflib, hashlib, json
+import dataclasses, difflib, hashlib, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
 from .convnext import SIZES
+from .masking import visible_patches
 from .modalities import TASKS, modality
 
 # %% ../nbs/20_recipe.ipynb #task-sets
@@ -92,7 +93,9 @@ def check(values:dict)->dict: # the same, coerced
     for key in POSITIVE:
         if key in values and values[key] < 1: raise RecipeError(f'{key}: must be at least 1, not {values[key]}')
     for key in ('epochs', 'warmup_epochs', 'blr', 'min_lr', 'weight_decay'):
-        if key in values and not values[key] >= 0: raise RecipeError(f'{key}: must not be negative, is {values[key]}')
+        if key in values and not 0 <= values[key] < math.inf: raise RecipeError(f'{key}: must be a number that is not negative, is {values[key]}')
+    for key in ('beta1', 'beta2'):
+        if key in values and not 0 <= values[key] < 1: raise RecipeError(f'{key}: must lie in [0, 1), not {values[key]}')
     check_names(values)
     return values
 
@@ -108,7 +111,9 @@ def check_names(values:dict):
     for key in ('tasks', 'bands'):
         if key in values and (not values[key] or len(set(values[key])) < len(values[key])): raise RecipeError(f'{key}: empty or repeated names in {values[key]}')
     if {'crop', 'patch'} <= values.keys() and values['crop'] % values['patch']: raise RecipeError(f'crop: {values["crop"]} is not a multiple of patch {values["patch"]}')
-    if 'mask_ratio' in values and not 0 <= values['mask_ratio'] < 1: raise RecipeError(f'mask_ratio: must lie in [0, 1), not {values["mask_ratio"]}')
+    if {'crop', 'patch', 'mask_ratio'} <= values.keys():
+        try: visible_patches((values['crop'] // values['patch']) ** 2, values['mask_ratio'])
+        except ValueError as e: raise RecipeError(f'mask_ratio: {e}') from e
 
 # %% ../nbs/20_recipe.ipynb #yaml-io
 def load_recipe(path:Path, # YAML file

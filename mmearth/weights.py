@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .convnext import ConvNeXtV2
+from .dataset import Scale, decode
 from .modalities import modality, select
 from .mpmae import MPMAE
 
@@ -145,10 +146,7 @@ def encode(encoder:ConvNeXtV2, # with a contract, from `load_encoder`
     "Features of raw images, prepared as the contract says."
     c = encoder.contract
     if unit not in UNITS: raise WeightsError(f'unit must be one of {", ".join(map(repr, UNITS))}, not {unit!r}')
-    stats = c.stats.get(f'sentinel2_{level}')
-    if stats is None or None in stats['mean']: raise WeightsError(f'the contract has no statistics for level {level!r}; it has {", ".join(c.stats)}')
+    if f'sentinel2_{level}' not in c.stats: raise WeightsError(f'the contract has no statistics for level {level!r}; it has {", ".join(c.stats)}')
     if bands is not None: x = x[:, select(c.bands, bands, 'the given image')]
-    x = x.float()
-    there = x.isfinite() & (x != 0)
-    mean, std = (x.new_tensor(stats[k])[:, None, None] for k in ('mean', 'std'))
-    return encoder(torch.where(there, (x * UNITS[unit] - mean) / std, 0))
+    scale = Scale(c.stats, dict(sentinel2=c.bands), dict(sentinel2=c.bands)).to(x.device)
+    return encoder(decode(dict(sentinel2=x.float() * UNITS[unit]), [level] * len(x), scale, device=x.device)['sentinel2'])
