@@ -129,6 +129,7 @@ def write_labelled_store(root, # folder to make; must not exist yet
     _check_rows(root, n, lat, lon, dict(lat=lat, lon=lon, splits=splits, tile_ids=tile_ids, **arrays))
     arrays = {**arrays, 'lat': circle(lat), 'lon': circle(lon)}
     names = [s for s in SPLITS if s in splits] + sorted(set(splits) - set(SPLITS))
+    if 'train' not in names: raise ValueError(f'write_labelled_store: splits are {", ".join(names)}; one must be called train, whose rows give the band statistics')
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
     try:
@@ -138,7 +139,7 @@ def write_labelled_store(root, # folder to make; must not exist yet
                      tile_info={t: _tile_facts(arrays, bands, level, lat[i], lon[i], i) for i, t in enumerate(tile_ids)})
         for name, what in sides.items(): (part / f'{stem}_{name}.json').write_text(json.dumps(what))
         store = Store(part)
-        (part / f'{stem}_band_stats.json').write_text(json.dumps(statistics(store, store.rows(names[0]))))
+        (part / f'{stem}_band_stats.json').write_text(json.dumps(statistics(store, store.rows('train'))))
         store.close()
         Store(part).close()
         part.chmod(0o755)

@@ -7,18 +7,20 @@ __all__ = ['data_root', 'shared_data', 'write_named', 'open_data', 'Experiment',
            'floor_job', 'share_done', 'run_jobs', 'experiment', 'main']
 
 # %% ../nbs/42_experiment.ipynb #imports
-import argparse, dataclasses, json, multiprocessing, os, sys, time
+import argparse, dataclasses, json, multiprocessing, os, re, sys, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import yaml
 from tqdm import tqdm
-from .dataset import Store
 from .eurosat import write_eurosat
+from .pretrain import checkpoints, latest
 from .recipe import Recipe, RecipeError, check, to_dict
-from .report import load_runs, repo_root, run_notebook
+from .report import declared, index, load_runs, repo_root, run_notebook
+from .store import Store, StoreError
 from .synthetic import write_store
+from .weights import read_contract
 
 # %% ../nbs/42_experiment.ipynb #data-root
 def data_root()->Path:
@@ -49,8 +51,10 @@ def open_data(name:str, # a name of the table above, or a folder
     for folder in (Path(name), data_root() / name, repo_root() / name):
         if folder.is_dir(): return Store(folder)
     root = data_root() / name
-    try: return Store(write_named(name, root, progress))
-    except FileExistsError: return Store(root)  # another process was faster
+    try: write_named(name, root, progress)
+    except (OSError, StoreError):
+        if not root.is_dir(): raise  # else another process was faster
+    return Store(root)
 
 # %% ../nbs/42_experiment.ipynb #experiment-class
 @dataclass(frozen=True)
@@ -65,10 +69,17 @@ class Experiment:
     floor:bool = True  # also probe plain image statistics
 
     def __post_init__(self):
-        if not self.arms: raise RecipeError(f'{self.name}: arms: at least one is needed')
+        shapes = dict(question=str, arms=dict, pretrain=dict, probe=dict, seeds=tuple, floor=bool)
+        for key, kind in shapes.items():
+            if not isinstance(getattr(self, key), kind): raise RecipeError(f'{self.name}: {key}: {kind.__name__} is needed, not {getattr(self, key)!r}')
+        if not self.arms or not self.seeds or not all(type(s) is int for s in self.seeds): raise RecipeError(f'{self.name}: at least one of arms and one whole number in seeds is needed')
         for arm, own in self.arms.items():
+            if not isinstance(own, dict) or not re.fullmatch(r'[\w ]+', arm): raise RecipeError(f'{self.name}: arm {arm!r}: a plain name with recipe values of its own is needed')
             try: Recipe(**check(self.pretrain | own))
             except RecipeError as e: raise RecipeError(f'{self.name}: arm {arm!r}: {e}') from e
+        if len({self.run_id(a, 0) for a in self.arms}) < len(self.arms): raise RecipeError(f'{self.name}: arms: two names give the same run id')
+        unknown = set(self.probe) - set(declared(repo_root() / 'nbs' / 'runs' / 'probe.ipynb'))
+        if unknown or 'data' not in self.probe or 'data' not in self.pretrain: raise RecipeError(f'{self.name}: probe and pretrain need `data`; the probe notebook has no {", ".join(sorted(unknown)) or "other"} parameter')
 
     def recipe(self, arm:str, seed:int)->Recipe:
         "Recipe of one arm and seed."
@@ -85,21 +96,24 @@ def load_experiment(path:Path)->Experiment:
     if not isinstance(values, dict) or set(values) - known: raise RecipeError(f'{Path(path).name}: keys must be among {", ".join(sorted(known))}')
     missing = known - {'seeds', 'floor'} - set(values)
     if missing: raise RecipeError(f'{Path(path).name}: {", ".join(sorted(missing))} missing')
-    return Experiment(Path(path).stem, **values | dict(seeds=tuple(values.get('seeds', (0, 1, 2)))))
+    seeds = values.get('seeds', [0, 1, 2])
+    return Experiment(Path(path).stem, **values | dict(seeds=tuple(seeds) if isinstance(seeds, list) else seeds))
 
 # %% ../nbs/42_experiment.ipynb #job
-def finished(run_id:str, params:dict, runs:str)->bool:
-    "Is this run kept, made with these parameters?"
+def finished(run_id:str, params:dict, runs:str, weights:str='')->bool:
+    "Is this run kept, made with these parameters (and, for a probe, with these weights)?"
     kept = [r for r in load_runs(run_id, runs) if r['run_id'] == run_id]
-    return bool(kept) and all(kept[0]['params'].get(k) == v for k, v in params.items())
+    same = bool(kept) and all(kept[0]['params'].get(k) == v for k, v in params.items())
+    return same and (not weights or kept[0]['metrics'].get('weights') == weights)
 
 def job(e:Experiment, arm:str, seed:int, runs:str, threads:int)->str:
     "Pretrains and probes one arm with one seed; returns its run id."
     os.environ['OMP_NUM_THREADS'] = str(threads)
     run_id, recipe = e.run_id(arm, seed), to_dict(e.recipe(arm, seed))
     if not finished(run_id, recipe, runs): run_notebook('pretrain', run_id, runs=runs, quiet=True, **recipe)
-    probe = e.probe | dict(arm=arm, seed=seed, pretrained=f'{runs}/{run_id}')
-    if not finished(f'{run_id}-probe', probe, runs): run_notebook('probe', f'{run_id}-probe', runs=runs, quiet=True, **probe)
+    folder, probe = repo_root() / runs / run_id, e.probe | dict(arm=arm, seed=seed, pretrained=f'{runs}/{run_id}')
+    weights = read_contract(latest(folder)).sha256 if checkpoints(folder) else ''  # a clone has no checkpoints, only what was kept
+    if not finished(f'{run_id}-probe', probe, runs, weights): run_notebook('probe', f'{run_id}-probe', runs=runs, quiet=True, **probe)
     return run_id
 
 def floor_job(e:Experiment, runs:str)->str:
@@ -146,7 +160,9 @@ def experiment(name:str, # of a file in nbs/runs/experiments
     e = load_experiment(repo_root() / 'nbs' / 'runs' / 'experiments' / f'{name}.yaml')
     jobs = jobs or (1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1))
     run_jobs(e, f'{into}/runs', jobs)
-    return run_notebook('report', f'{name}-report', runs=f'{into}/runs', quiet=True, experiment=name, source=into, into=into, question=e.question, arms=list(e.arms))
+    kept = run_notebook('report', f'{name}-report', runs=f'{into}/runs', quiet=True, experiment=name, source=into, into=into, question=e.question, arms=list(e.arms), seeds=list(e.seeds))
+    if into == 'reports': index()
+    return kept
 
 # %% ../nbs/42_experiment.ipynb #main
 def main(args:list[str]|None=None)->Path:

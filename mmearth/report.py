@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,7 @@ import pandas as pd
 import torch
 import yaml
 from PIL import Image
+from .recipe import Recipe, differences, load_recipe, to_dict
 from .weights import file_hash, plain
 
 # %% ../nbs/40_report.ipynb #repo-root
@@ -184,11 +186,16 @@ def _tidy(notebook:Path)->str:
     return json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n'
 
 # %% ../nbs/40_report.ipynb #recipe-values
+def _json(path:Path)->dict:
+    "A JSON file, or an empty dict where there is none."
+    return json.loads(path.read_text()) if path.is_file() else {}
+
 def _recipe_values(recipe:str|Path|None, allowed:dict)->tuple[dict, Path|None]:
     "Parameters from a recipe: its path if the notebook declares `recipe`, else the keys of the file."
     if recipe is None: return {}, None
     path = repo_root() / recipe
     if not path.is_file(): raise FileNotFoundError(f'no recipe {recipe}; give a YAML file, relative to the repository')
+    if {f.name for f in fields(Recipe)} <= allowed.keys(): return to_dict(load_recipe(path)), path
     if 'recipe' in allowed: return dict(recipe=str(path)), path
     values = yaml.safe_load(path.read_text()) or {}
     if not isinstance(values, dict): raise ValueError(f'{path.name}: a recipe is a list of `key: value`, not a {type(values).__name__}')
@@ -224,8 +231,11 @@ def run_notebook(name:str, # nbs/runs/<name>.ipynb
     allowed = declared(source)
     values, recipe = _recipe_values(recipe, allowed)
     given = check({**values, **params, **({'out': folder} if 'out' in allowed else {})}, allowed, source.name)
+    whole, kept = plain({**allowed, **given}), _json(folder / 'params.json')
+    if (folder / 'metrics.json').is_file() and kept != whole:
+        raise ValueError(f'{run_id} is kept with other parameters ({"; ".join(differences(kept, whole))}); choose another run_id or remove its folder')
     keep = Keep(folder)
-    keep.json('params', {**allowed, **given})
+    keep.json('params', whole)
     start = time.perf_counter()
     _execute(source, keep.path, given, quiet)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == 'linux' else 1024 ** 2)
@@ -236,10 +246,6 @@ def run_notebook(name:str, # nbs/runs/<name>.ipynb
     return keep.path
 
 # %% ../nbs/40_report.ipynb #load
-def _json(path:Path)->dict:
-    "A JSON file, or an empty dict where there is none."
-    return json.loads(path.read_text()) if path.is_file() else {}
-
 def load_runs(pattern:str='*', # which run ids, as in a shell
               runs:str|Path='reports/runs', # where runs are kept
              )->list[dict]: # run_id, path, params, env, metrics, rows (a frame or None)

@@ -43,10 +43,10 @@ def test_sigkill_at_any_moment_ends_with_the_same_bits(tiny_store, tmp_path):
     whole = pretrain(SMALL, Store(tiny_store), tmp_path / 'whole', progress=False)
     recipe, out = save_recipe(SMALL, tmp_path / 'r.yaml'), tmp_path / 'killed'
     kills, wait = 0, 0.0
-    for attempt in range(12):
+    while True:
         p = subprocess.Popen([sys.executable, '-c', KILLED, recipe, tiny_store, out], env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())})
         before = len(checkpoints(out)) and latest(out).name
-        while p.poll() is None and not (len(checkpoints(out)) and latest(out).name != before): time.sleep(0.01)
+        while p.poll() is None and (kills == 3 or not (len(checkpoints(out)) and latest(out).name != before)): time.sleep(0.01)
         time.sleep(wait)
         if p.poll() is not None: break
         p.send_signal(signal.SIGKILL)
@@ -58,6 +58,27 @@ def test_sigkill_at_any_moment_ends_with_the_same_bits(tiny_store, tmp_path):
 
 
 @pytest.mark.parametrize('name', TASKS)
+@pytest.mark.parametrize('save_every,log_every,keep', [(1, 50, 1), (2, 3, 1), (5, 2, 2)])
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_stopping_anywhere_changes_nothing(save_every, log_every, keep, accumulate, tiny_store, tmp_path):
+    recipe = dataclasses.replace(SMALL, batch=2, accumulate=accumulate, epochs=0.75, tasks=('sentinel2', 'biome'), save_every=save_every, log_every=log_every, keep=keep)
+    whole = pretrain(recipe, Store(tiny_store), tmp_path / 'whole', progress=False)
+    for until in (1, 3, 4, None): parts = pretrain(recipe, Store(tiny_store), tmp_path / 'parts', until=until, progress=False)
+    assert same(weights(parts.checkpoint), weights(whole.checkpoint)) and len(checkpoints(tmp_path / 'parts')) <= keep
+    clock = ['seconds', 'samples_per_second']
+    assert parts.log.drop(columns=clock).equals(whole.log.drop(columns=clock))
+
+
+def test_a_kill_before_the_first_row_or_while_pruning(tiny_store, tmp_path):
+    recipe = dataclasses.replace(SMALL, batch=4, epochs=1, tasks=('lat',), save_every=2, log_every=50, keep=1)
+    pretrain(recipe, Store(tiny_store), tmp_path, until=3, progress=False)
+    (tmp_path / 'log.csv').write_text('')
+    (tmp_path / 'checkpoints' / 'step-00000001.old').mkdir()
+    (tmp_path / 'checkpoints' / 'step-00000004.part').mkdir()
+    run = pretrain(recipe, Store(tiny_store), tmp_path, progress=False)
+    assert run.updates == 6 and len(run.log) == 1
+
+
 def test_a_modality_without_a_single_measurement_is_ignored(name, tiny_store, tmp_path):
     "NaN in floats, no-data codes in integers: the loss stays finite and the task learns nothing."
     root = tmp_path / 'store'

@@ -62,15 +62,25 @@ def test_runs_outside_the_repository(repo, tmp_path_factory):
 
 
 def test_a_failure_is_not_a_finished_run(repo):
-    write(repo, 'sometimes', 'steps = 3\nout = ""', KEEP + '\nassert steps < 5, "too many"')
+    write(repo, 'sometimes', 'steps = 3\nout = ""', KEEP + '\nassert not (folder / "stop").exists(), "too many"')
     report.run_notebook('sometimes', 'a', quiet=True)
     assert len(report.load_runs()) == 1
-    with pytest.raises(report.RunError, match='cell 2: AssertionError: too many'): report.run_notebook('sometimes', 'a', quiet=True, steps=9)
+    (repo / 'reports/runs/a/stop').touch()
+    with pytest.raises(report.RunError, match='cell 2: AssertionError: too many'): report.run_notebook('sometimes', 'a', quiet=True)
+    (repo / 'reports/runs/a/stop').unlink()
     assert report.load_runs() == []
     failed = (repo / 'reports/runs/a/run.failed.ipynb').read_text()
     assert 'AssertionError' in failed and str(repo) not in failed
     report.run_notebook('sometimes', 'a', quiet=True)
     assert not (repo / 'reports/runs/a/run.failed.ipynb').exists()
+
+
+def test_a_kept_run_is_not_overwritten_by_another(repo):
+    write(repo, 'good', 'steps = 3\nout = ""', KEEP)
+    folder = report.run_notebook('good', 'a', quiet=True)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ValueError, match='kept with other parameters .steps: 3 and 9'): report.run_notebook('good', 'a', quiet=True, steps=9)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_metrics_are_owed(repo):

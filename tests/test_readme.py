@@ -1,0 +1,32 @@
+"""Every number of the README's table is in a kept table, every link leads somewhere, every command names something that exists."""
+import re
+
+import pandas as pd
+
+from mmearth.compare import percent, wide_table
+from mmearth.report import repo_root
+
+ROOT = repo_root()
+README = (ROOT / 'README.md').read_text()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r'\]\(([^)#]+)\)', README):
+        if not target.startswith('http'): assert (ROOT / target).exists(), target
+
+
+def test_the_table_is_the_kept_one():
+    kept = pd.read_csv(ROOT / 'reports' / 'tables' / 'eurosat-probe.csv')
+    kept = kept[(kept.protocol == 'linear') & (kept.metric == 'accuracy')]
+    table = wide_table(kept)
+    rows = [[c.strip() for c in line.strip('|').split('|')] for line in README.split('\n') if re.match(r'\| held-out', line)]
+    assert len(rows) == len(table) == 8
+    for row, (_, want) in zip(rows, table.iterrows()): assert row == [want['split'], want['labels'], *want.iloc[4:]], row
+    assert {percent(f) for f in kept.fraction} == {r[1] for r in rows}
+
+
+def test_modules_named_in_commands_exist():
+    for name in set(re.findall(r'-m mmearth\.(\w+)', README)): assert (ROOT / 'mmearth' / f'{name}.py').is_file(), name
+    makefile = (ROOT / 'Makefile').read_text()
+    for target in set(re.findall(r'^make (\w+)', README, re.M)): assert re.search(rf'^{target}:', makefile, re.M), target
+    for notebook in set(re.findall(r'`(\d\d_\w+)`', README)): assert (ROOT / 'nbs' / f'{notebook}.ipynb').is_file(), notebook
