@@ -57,7 +57,6 @@ def test_sigkill_at_any_moment_ends_with_the_same_bits(tiny_store, tmp_path):
     assert not list((out / 'checkpoints').glob('*.part'))
 
 
-@pytest.mark.parametrize('name', TASKS)
 @pytest.mark.parametrize('save_every,log_every,keep', [(1, 50, 1), (2, 3, 1), (5, 2, 2)])
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_stopping_anywhere_changes_nothing(save_every, log_every, keep, accumulate, tiny_store, tmp_path):
@@ -79,6 +78,7 @@ def test_a_kill_before_the_first_row_or_while_pruning(tiny_store, tmp_path):
     assert run.updates == 6 and len(run.log) == 1
 
 
+@pytest.mark.parametrize('name', TASKS)
 def test_a_modality_without_a_single_measurement_is_ignored(name, tiny_store, tmp_path):
     "NaN in floats, no-data codes in integers: the loss stays finite and the task learns nothing."
     root = tmp_path / 'store'
