@@ -78,6 +78,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mmearth.experiment.run_jobs': ('experiment.html#run_jobs', 'mmearth/experiment.py'),
                                     'mmearth.experiment.share_done': ('experiment.html#share_done', 'mmearth/experiment.py'),
                                     'mmearth.experiment.shared_data': ('experiment.html#shared_data', 'mmearth/experiment.py'),
+                                    'mmearth.experiment.world_map': ('experiment.html#world_map', 'mmearth/experiment.py'),
                                     'mmearth.experiment.write_named': ('experiment.html#write_named', 'mmearth/experiment.py')},
             'mmearth.figures': { 'mmearth.figures.Layer': ('figures.html#layer', 'mmearth/figures.py'),
                                  'mmearth.figures.Palette': ('figures.html#palette', 'mmearth/figures.py'),
