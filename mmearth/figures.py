@@ -237,7 +237,7 @@ def _draw_facts(ax, tile:dict)->None:
     y = 1.0
     for what, value in facts(tile):
         ax.text(0, y, what, transform=ax.transAxes, fontsize=7, color='#707070', va='top')
-        ax.text(0.27, y, textwrap.shorten(value, 54, placeholder=' ...'), transform=ax.transAxes, fontsize=7, va='top')
+        ax.text(0.31, y, textwrap.shorten(value, 50, placeholder=' ...'), transform=ax.transAxes, fontsize=7, va='top')
         y -= 0.125
 
 # %% ../nbs/41_figures.ipynb #draw-tile
