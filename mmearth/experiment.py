@@ -19,7 +19,7 @@ from .eurosat import write_eurosat
 from .figures import read_outline
 from .pretrain import checkpoints, latest
 from .recipe import Recipe, RecipeError, check, to_dict
-from .report import declared, index, load_runs, repo_root, run_notebook
+from .report import RunError, declared, index, load_runs, repo_root, run_notebook
 from .store import Store, StoreError
 from .synthetic import planet, write_store
 from .weights import read_contract
@@ -42,7 +42,7 @@ def write_named(name:str, root:Path, progress:bool=False)->Path:
     if name == 'eurosat':
         source = shared_data() / 'eurosat_rgb'
         return write_eurosat(sorted(source.glob('*.zip')), source / 'eurosat_rgb_index.csv', root, progress=progress)
-    if kind not in ('synthetic', 'scenes') or not n.isdigit(): raise RecipeError(f'data: {name!r} is neither a folder nor synthetic-N, scenes-N, eurosat or mini')
+    if kind not in ('synthetic', 'scenes') or not n.isdigit(): raise RecipeError(f'data: {name!r} is neither a folder nor synthetic-N, scenes-N, eurosat or mini; looked here, in {root.parent.name}/ and in the repository')
     return write_store(root, int(n), seed=int(kind == 'scenes'), labelled=kind == 'scenes', progress=progress)
 
 def open_data(name:str, # a name of the table above, or a folder
@@ -192,4 +192,6 @@ def main(args:list[str]|None=None)->Path:
     return kept
 
 # %% ../nbs/42_experiment.ipynb #command-line
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == '__main__' and '__file__' in globals():
+    try: main()
+    except (ValueError, KeyError, FileNotFoundError, RunError) as error: sys.exit(f'{type(error).__name__}: {error}')

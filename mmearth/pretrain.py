@@ -284,7 +284,7 @@ def pretrain(recipe:Recipe, # what to do
             bar.set_postfix(loss=f'{trainer.update(step):.3f}', refresh=False)
             bar.update(each)
             done = step + 1
-            if done % recipe.log_every == 0 or done == trainer.total:
+            if done % recipe.log_every == 0 or done in (1, trainer.total):
                 now = time.perf_counter()
                 log.write(log_row(trainer, done, now - last, (done - since) * each))
                 last, since = now, done

@@ -208,7 +208,7 @@ def _execute(source:Path, folder:Path, params:dict, quiet:bool)->None:
     half, whole = folder / 'run.failed.ipynb', folder / 'run.ipynb'
     for stale in (half, whole, folder / 'metrics.json'): stale.unlink(missing_ok=True)
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    try: papermill.execute_notebook(source, half, params, kernel_name='python3', cwd=source.parent, progress_bar=not quiet, extra_arguments=['--log-level=ERROR'])
+    try: papermill.execute_notebook(source, half, params, kernel_name='python3', cwd=source.parent, progress_bar=not quiet, extra_arguments=['--log-level=CRITICAL'])
     except Exception as error:
         if half.is_file(): _write(half, _tidy(half))
         reason = f'cell {error.cell_index}: {error.ename}: {error.evalue}' if isinstance(error, papermill.PapermillExecutionError) else f'{type(error).__name__}: {error}'
@@ -314,4 +314,6 @@ def main(args:list[str]|None=None, # of the command line, without the program's 
     return run_notebook(a.name, a.run_id, recipe, quiet=a.quiet, **check({k: _typed(v, allowed.get(k)) for k, v in a.params}, allowed, a.name))
 
 # %% ../nbs/40_report.ipynb #command-line
-if __name__ == '__main__' and '__file__' in globals(): sys.stdout.write(f'{main()}\n')
+if __name__ == '__main__' and '__file__' in globals():
+    try: sys.stdout.write(f'{main()}\n')
+    except (ValueError, KeyError, FileNotFoundError, RunError) as error: sys.exit(f'{type(error).__name__}: {error}')

@@ -137,16 +137,22 @@ def load_encoder(folder:Path)->ConvNeXtV2:
 # %% ../nbs/16_weights.ipynb #encode
 UNITS = {'reflectance x 10000': 1., 'reflectance': 10_000.}  # factor to stored numbers
 
+@torch.no_grad()
 def encode(encoder:ConvNeXtV2, # with a contract, from `load_encoder`
            x:Tensor, # (N, C, H, W) stored numbers or reflectance
            bands:tuple[str, ...]|None=None, # names of the C planes, the encoder's own by default
-           level:str='l2a', # processing level of the images: 'l1c' or 'l2a'
+           level:str='l2a', # processing level, 'l1c' or 'l2a', of all images or one for each
            unit:str='reflectance x 10000', # or 'reflectance'
           )->Tensor: # (N, F, H/patch, W/patch)
     "Features of raw images, prepared as the contract says."
-    c = encoder.contract
+    c, x = encoder.contract, torch.as_tensor(x).float()
+    names = c.bands if bands is None else tuple(bands)
+    if x.ndim != 4 or x.shape[1] != len(names) or len(set(names)) < len(names):
+        raise WeightsError(f'images of shape {tuple(x.shape)} do not fit {len(names)} band names ({", ".join(names)}); (N, C, H, W) with one name per plane in `bands` is needed')
     if unit not in UNITS: raise WeightsError(f'unit must be one of {", ".join(map(repr, UNITS))}, not {unit!r}')
-    if f'sentinel2_{level}' not in c.stats: raise WeightsError(f'the contract has no statistics for level {level!r}; it has {", ".join(c.stats)}')
-    if bands is not None: x = x[:, select(c.bands, bands, 'the given image')]
+    levels = [level.lower()] * len(x) if isinstance(level, str) else [str(l) for l in level]
+    for l in set(levels):
+        if f'sentinel2_{l}' not in c.stats: raise WeightsError(f'the contract has no statistics for level {l!r}; it has {", ".join(c.stats)}')
     scale = Scale(c.stats, dict(sentinel2=c.bands), dict(sentinel2=c.bands)).to(x.device)
-    return encoder(decode(dict(sentinel2=x.float() * UNITS[unit]), [level] * len(x), scale, device=x.device)['sentinel2'])
+    raw = dict(sentinel2=x[:, select(c.bands, names, 'the encoder needs all its bands, and the given image')] * UNITS[unit])
+    return encoder(decode(raw, levels, scale, device=x.device)['sentinel2'])
