@@ -200,10 +200,10 @@ def test_images_in_folders_of_the_zip(tiny_eurosat, tmp_path):
 
 
 def test_other_labelled_arrays(tmp_path):
-    "Any modalities, any names of splits; compressed or not, the same numbers."
+    "Any modalities, statistics from the rows called train; compressed or not, the same numbers."
     rng = np.random.default_rng(0)
     arrays = dict(sentinel1=rng.normal(size=(10, 2, 8, 8)).astype('float32'), aster=rng.integers(0, 99, (10, 2, 8, 8)).astype('int16'))
-    args = dict(arrays=arrays, labels=list('ababababab'), lat=np.arange(10.), lon=np.arange(10.), splits=['fit'] * 7 + ['test'] * 3,
+    args = dict(arrays=arrays, labels=list('ababababab'), lat=np.arange(10.), lon=np.arange(10.), splits=['train'] * 7 + ['test'] * 3,
                 bands=dict(sentinel1=('asc_VV', 'asc_VH')), level='l2a', tile_ids=[f't{i}' for i in range(10)])
     for compression in (None, 'gzip'):
         store = Store(write_labelled_store(tmp_path / str(compression), 'radar_v1_8', compression=compression, **args))
@@ -212,4 +212,5 @@ def test_other_labelled_arrays(tmp_path):
         np.testing.assert_allclose(store.stats['aster']['mean'], arrays['aster'][:7].mean((0, 2, 3)))
     with pytest.raises(StoreError, match='float64 numbers'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'arrays': dict(sentinel1=arrays['sentinel1'].astype(float))})
     with pytest.raises(ValueError, match='lat and lon'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'lat': np.full(10, np.nan)})
+    with pytest.raises(ValueError, match='one must be called train'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'splits': ['fit'] * 7 + ['test'] * 3})
     assert not (tmp_path / 'x').exists() and len(list(tmp_path.iterdir())) == 2
