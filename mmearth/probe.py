@@ -17,9 +17,9 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
-from .dataset import Scale, decode
-from .modalities import modality, select, valid
+from .modalities import modality, valid
 from .store import Store
+from .weights import encode
 
 # %% ../nbs/31_probe.ipynb #features
 @torch.inference_mode()
@@ -31,15 +31,11 @@ def features(encoder:nn.Module, # (N, C, H, W) z-scored -> (N, F, h, w); carries
              progress:bool=True, # show a bar
             )->np.ndarray: # float32 (n, F)
     "Mean of the encoder's final map for each image."
-    bands, rows = tuple(encoder.contract.bands), np.asarray(rows, np.int64)
-    places = select(bands, store.bands('sentinel2'), store.stem)
-    scale = Scale(encoder.contract.stats, dict(sentinel2=bands), dict(sentinel2=bands)).to(device)
-    encoder, found = encoder.to(device).eval(), []
+    rows, encoder, found = np.asarray(rows, np.int64), encoder.to(device).eval(), []
     for at in tqdm(range(0, len(rows), batch), desc='features', disable=not progress):
         part = rows[at:at + batch]
-        raw = np.ascontiguousarray(store.read(part, ['sentinel2'])['sentinel2'][:, places])
-        x = decode(dict(sentinel2=raw), store.levels[part], scale, device=device)['sentinel2']
-        found.append(encoder(x).float().mean((2, 3)).cpu())
+        raw = torch.from_numpy(store.read(part, ['sentinel2'])['sentinel2']).to(device)
+        found.append(encode(encoder, raw, store.bands('sentinel2'), store.levels[part]).float().mean((2, 3)).cpu())
     return torch.cat(found).numpy() if found else np.empty((0, encoder.num_features), np.float32)
 
 # %% ../nbs/31_probe.ipynb #image-statistics
