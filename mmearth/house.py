@@ -74,14 +74,14 @@ class Notebook:
     bytes:int  # size of the file
 
     @property
-    def number(self)->int|None:
-        "The NN of `NN_name`, None when the file is not named so."
-        return int(m[1]) if (m := re.fullmatch(r'nbs/(\d\d)_[a-z]\w*\.ipynb', self.file)) else None
+    def number(self)->str|None:
+        "The NN of `NN_name`, with the letter of `NNa_name`; None when the file is not named so."
+        return m[1] if (m := re.fullmatch(r'nbs/(\d\d[a-z]?)_[a-z]\w*\.ipynb', self.file)) else None
 
     @property
     def name(self)->str:
         "File name without number and ending."
-        return re.sub(r'^\d+_', '', Path(self.file).stem)
+        return re.sub(r'^\d+[a-z]?_', '', Path(self.file).stem)
 
     @property
     def exports(self)->list[Cell]:
@@ -149,7 +149,7 @@ def numbered(house:House):
     taken = {}
     for nb in house.library:
         if nb.number is None: yield nb.file, '', 'name it NN_name.ipynb, directly in nbs'
-        elif nb.number in taken: yield nb.file, '', f'number {nb.number:02d} belongs to {taken[nb.number]}; take a free one'
+        elif nb.number in taken: yield nb.file, '', f'number {nb.number} belongs to {taken[nb.number]}; take a free one'
         taken.setdefault(nb.number, nb.file)
         homes = [m[1] for c in nb.cells if (m := re.search(r'^#\s*\|\s*default_exp\s+(\S+)', c.source, re.M))]
         if homes != [nb.name]: yield nb.file, '', f'write `#| default_exp {nb.name}`, once'
@@ -196,7 +196,7 @@ def one_direction(house:House):
     for nb in house.library:
         for cell in nb.exports:
             for module, _ in package_imports(cell):
-                if numbers.get(module, 100) >= numbers.get(nb.name, 0):
+                if numbers.get(module, '~') >= numbers.get(nb.name, ''):
                     yield nb.file, cell.id, f'{module} does not stand below it; move what both need to a lower number'
 
 @rule
