@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 from .modalities import BIOMES, ECOREGION_BIOME, S2_BANDS, S2_MASKS, TASKS, modality, valid
+from .moments import Moments
 
 # %% ../nbs/02_synthetic.ipynb #tables
 SURFACES, MATERIALS, AIR, VEGETATION, CLIMATES, SCENES, STEERING = (
@@ -371,9 +372,8 @@ def band_stats(h, level):
     stats, first = {}, 2**22 // h['sentinel2'].shape[-1]**2
     for m in (m for m in map(modality, STORED) if m.kind == 'continuous'):
         for kind in np.unique(level[:first]) if m.by_level else [None]:
-            raw = h[m.name][:first][(level == kind)[:first] | (kind is None)].swapaxes(0, 1)
-            bands = [a[ok].astype('float64') if ok.any() else np.array([np.nan]) for a, ok in zip(raw, valid(m, raw.swapaxes(0, 1)).swapaxes(0, 1))]
-            stats[m.stats_key(kind)] = {how: [getattr(np, how)(band).item() for band in bands] for how in ('mean', 'std', 'min', 'max')}
+            raw = h[m.name][:first][(level == kind)[:first] | (kind is None)]
+            stats[m.stats_key(kind)] = Moments.of(raw, valid(m, raw)).entry()
     return stats
 
 # %% ../nbs/02_synthetic.ipynb #fill
