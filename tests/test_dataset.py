@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmearth.dataset import Scale, Store, StoreError, decode, doubts, random_crop, statistics
+from mmearth.dataset import Scale, Store, StoreError, decode, random_crop
 from mmearth.modalities import S2_BANDS, TASKS, modality
+from mmearth.statistics import statistics
 from mmearth.synthetic import write_store
 
 # typed again from the description of the released files, not taken from the package
@@ -213,22 +214,6 @@ def test_one_tile(mini):
     np.testing.assert_allclose(np.degrees(np.arctan2(*tile['lat'])), told['lat'], atol=1e-3)
     assert mini[-1]['meta']['tile_id'] == mini.tile_ids[-1]
     with pytest.raises(IndexError): mini[396]
-
-
-def test_statistics_of_the_real_files(mini):
-    "The side file of the mini store was written by another program, which leaves holes out as well."
-    mine = statistics(mini, modalities=TASKS)
-    assert set(mine) == set(mini.stats)
-    for key in mine:
-        for part in ('mean', 'std', 'min', 'max'): np.testing.assert_allclose(mine[key][part], mini.stats[key][part], rtol=1e-9, err_msg=f'{key} {part}')
-    assert sorted(doubts(mini.stats)) == sorted(doubts(mine))
-    assert json.loads(json.dumps(mine)).keys() == mine.keys()
-
-
-def test_statistics_do_not_depend_on_blocks_or_order(tiny):
-    rows = np.array([20, 3, 8, 11, 0])
-    a, b = statistics(tiny, rows, block=2), statistics(tiny, rows[::-1], block=64)
-    for key in a: np.testing.assert_allclose(a[key]['std'], b[key]['std'], rtol=1e-9)
 
 
 def test_a_level_without_statistics_is_refused(mini):
