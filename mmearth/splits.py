@@ -53,9 +53,9 @@ def blocks(lat, # degrees
           )->np.ndarray: # int64, one number for all places of a block
     "Number of the block that each place lies in; they rise from south to north, and from west to east in a row."
     if not 0.01 <= side <= 90: raise ValueError(f'blocks of {side} degrees: 0.01 to 90 are possible')
-    lat, turn = np.asarray(lat, float), (np.asarray(lon, float) + 180) % 360
-    if not (np.isfinite(turn) & (np.abs(lat) <= 90)).all(): raise ValueError('places without latitude or longitude, or outside the globe, lie in no block: leave them out')
-    row = np.minimum(np.floor((lat + 90) / side), np.ceil(180 / side) - 1)
+    lat, lon = np.asarray(lat, float), np.asarray(lon, float)
+    if not (np.isfinite(lon) & (np.abs(lat) <= 90)).all(): raise ValueError('places without latitude or longitude, or outside the globe, lie in no block: leave them out')
+    row, turn = np.minimum(np.floor((lat + 90) / side), np.ceil(180 / side) - 1), (lon + 180) % 360
     middle = np.radians((row * side + np.minimum((row + 1) * side, 180)) / 2 - 90)
     columns = np.maximum(np.round(360 / side * np.cos(middle)), 1) if equal_area else np.ceil(360 / side)
     column = np.minimum(np.floor(turn * columns / 360 if equal_area else turn / side), columns - 1)
@@ -114,8 +114,7 @@ def _deal(counts:np.ndarray, # (blocks, strata) tiles
     counts = np.c_[counts, size].astype(float)
     wanted = share[:, None] * counts.sum(0)
     weight, missing, part = weight / wanted, wanted.copy(), np.empty(len(counts), int)
-    order = rng.permutation(len(counts))
-    for i in order[np.argsort(-np.frexp(size[order])[1], kind='stable')]:
+    for i in np.argsort(-np.log2(size) - 2 * rng.random(len(size)), kind='stable'):
         part[i] = (counts[i] * (2 * missing - counts[i]) * weight).sum(1).argmax()
         missing[part[i]] -= counts[i]
     return part
@@ -136,6 +135,7 @@ def block_split(lat, lon, # degrees, NaN where unknown
     strata = np.zeros(len(lat), int) if biome is None else np.unique(np.asarray(biome), return_inverse=True)[1]
     if not len(lat) == len(lon) == len(strata): raise ValueError(f'{len(lat)} latitudes, {len(lon)} longitudes, {len(strata)} biomes')
     known = np.isfinite(lat) & np.isfinite(lon)
+    if not known.any(): raise ValueError(f'none of {len(lat)} tiles has a latitude and a longitude: only a random split is possible')
     split = np.full(len(lat), 'buffer', f'U{max(6, *map(len, fractions))}')
     found, where = np.unique(blocks(lat[known], lon[known], block), return_inverse=True)
     width = strata.max(initial=0) + 1
