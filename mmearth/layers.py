@@ -225,5 +225,5 @@ def small_png(fig, # matplotlib figure
     full, small = io.BytesIO(), io.BytesIO()
     fig.savefig(full, dpi=dpi)
     plt.close(fig)
-    Image.open(full).convert('RGB').quantize(colours, dither=Image.Dither.NONE).save(small, format='png', optimize=True)
+    Image.open(full).convert('RGB').quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, format='png', optimize=True)
     return small.getvalue()
