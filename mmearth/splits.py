@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.collections import PolyCollection
 from matplotlib.ticker import MaxNLocator
 from scipy.spatial import cKDTree
+from .index import StoreError, read_json
 from .modalities import BIOMES
 
 # %% ../nbs/02b_splits.ipynb #outline
@@ -197,11 +198,9 @@ def save_splits(root, # folder of the store
     parts = {p: np.flatnonzero(names == p).tolist() for p in split_counts(names)}
     whole = json.loads(json.dumps(dict(parts, how=how)))
     if path.exists():
-        try: old = json.loads(path.read_text())
-        except ValueError as e: raise ValueError(f'{path}: not readable as JSON ({e}); delete it, or choose another name') from e
-        old.get('how', {}).pop('versions', None)
-        if old == whole: return path
-        raise FileExistsError(f'{path}: holds a different split called {name!r}; choose another name, or delete the file if nothing was made with it')
+        old = read_json(path)
+        if dict(old, how={k: v for k, v in dict(old.get('how') or {}).items() if k != 'versions'}) == whole: return path
+        raise StoreError(path, name, 'the file holds a different split', 'choose another name, or delete it if nothing was made with it')
     lines = [f'{json.dumps(k)}: {json.dumps(v)}' for k, v in dict(parts, how=dict(how, versions=_versions())).items()]
     handle, part = tempfile.mkstemp(prefix=f'.{path.name}-', dir=path.parent)
     try:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
+from mmearth.index import StoreError
 from mmearth.splits import EARTH_KM, blocks, block_split, hold_out, map_axes, nearest_km, random_split, read_outline, save_splits, split_counts, split_map, write_split
 
 
@@ -180,9 +181,9 @@ def test_saved_beside_never_over(tmp_path):
     assert [found[k] for k in ('train', 'test', 'buffer')] == [[0], [2], [1]] and found['how']['seed'] == 0 and 'mmearth' in found['how']['versions']
     assert saved(tmp_path, ['train', 'buffer', 'test']) == path and path.read_bytes() == first
     for names, how in ((['train', 'test', 'test'], dict(seed=0)), (['train', 'buffer', 'test'], dict(seed=1))):
-        with pytest.raises(FileExistsError, match='holds a different split'): saved(tmp_path, names, how=how)
+        with pytest.raises(StoreError, match='holds a different split'): saved(tmp_path, names, how=how)
     path.write_bytes(first[:-9])
-    with pytest.raises(ValueError, match='not readable as JSON'): saved(tmp_path, ['train', 'buffer', 'test'])
+    with pytest.raises(StoreError, match='not readable as JSON'): saved(tmp_path, ['train', 'buffer', 'test'])
     assert released.read_text() == '{"train": [0, 1, 2]}' and len(list(tmp_path.iterdir())) == 2
 
 
