@@ -16,11 +16,12 @@ import torch
 import yaml
 from tqdm import tqdm
 from .eurosat import write_eurosat
-from .figures import read_outline
+from .splits import read_outline
+from .pack import open_tiles
 from .pretrain import checkpoints, latest
 from .recipe import Recipe, RecipeError, check, to_dict
 from .report import RunError, declared, index, load_runs, repo_root, run_notebook
-from .store import Store, StoreError
+from .store import Store, StoreError, TileSet
 from .synthetic import planet, write_store
 from .weights import read_contract
 
@@ -47,11 +48,11 @@ def write_named(name:str, root:Path, progress:bool=False)->Path:
 
 def open_data(name:str, # a name of the table above, or a folder
               progress:bool=False, # show a bar when it has to be written
-             )->Store:
-    "Opens a store, writing it first if it is one of ours and not there yet."
+             )->TileSet:
+    "Opens a store or a pack, writing it first if it is one of ours and not there yet."
     if name == 'mini': return Store(shared_data() / 'data_mini_v001_64')
     for folder in (Path(name), data_root() / name, repo_root() / name):
-        if folder.is_dir(): return Store(folder)
+        if folder.is_dir(): return open_tiles(folder)
     root = data_root() / name
     try: write_named(name, root, progress)
     except (OSError, StoreError):
@@ -59,8 +60,8 @@ def open_data(name:str, # a name of the table above, or a folder
     return Store(root)
 
 # %% ../nbs/42_experiment.ipynb #world-map
-def world_map(store:Store)->np.ndarray|list|None:
-    "Land for the map of `draw_tile`: a planet's own, an outline, or nothing."
+def world_map(store:TileSet)->np.ndarray|list|None:
+    "Land for the map of `plot`: a planet's own, an outline, or nothing."
     if store.stem.startswith('data_synthetic'): return planet().land > 0
     try: return read_outline(shared_data() / 'maps' / 'natural_earth' / 'ne_50m_admin_0_countries.shp')
     except FileNotFoundError: return None
