@@ -168,15 +168,16 @@ class _Rows:
 
     def __getitem__(self, at): return self.tiles.read(self.rows[at[0]], [self.name])[self.name][(slice(None), *at[1:])]
 
+def _part(k:int, m:Modality, bands:tuple, raw:np.ndarray)->np.ndarray: return _variable(m, bands, raw)[k]
+
 def _lazy(tiles:TileSet, rows:np.ndarray, name:str, chunks:int)->tuple: # dask arrays of numbers and validity
     "The variable of many tiles, read block by block."
     try: import dask.array as da
     except ImportError as e: raise ImportError('chunks needs dask: pip install "mmearth[build]", or leave chunks out') from e
     m, bands, source = modality(name), tiles.bands(name), _Rows(tiles, rows, name)
-    raw = da.from_array(source, chunks=(chunks, *source.shape[1:]), name=False, asarray=False)
+    raw = da.from_array(source, chunks=(chunks, *source.shape[1:]), name=False, asarray=False, meta=np.empty((0,) * source.ndim, source.dtype))
     gone = [1] if m.onehot or len(bands) == 1 else []
-    def part(k, x): return _variable(m, bands, x)[k]
-    return tuple(raw.map_blocks(partial(part, k), dtype=d, drop_axis=gone, meta=np.empty((0,) * (raw.ndim - len(gone)), d)) for k, d in ((0, np.int16 if m.onehot else m.dtype), (1, bool)))
+    return tuple(raw.map_blocks(partial(_part, k, m, bands), dtype=d, drop_axis=gone, meta=np.empty((0,) * (raw.ndim - len(gone)), d)) for k, d in ((0, np.int16 if m.onehot else m.dtype), (1, bool)))
 
 def _many(tiles:TileSet, rows:np.ndarray, names:list[str], chunks:int|None)->xr.Dataset:
     "Tiles as a Dataset with a dimension `sample`."

@@ -117,8 +117,8 @@ def _legend(ax, layer:Layer, x:np.ndarray, ok:np.ndarray, most:int=6):
     classes, (numbers, counts) = modality(layer.modality).classes, np.unique(x[ok], return_counts=True)
     handles = [Patch(fc=classes[i].colour, ec='#909090', lw=0.3, label=classes[i].name) for i in numbers[np.argsort(-counts, kind='stable')]]
     if len(handles) > most: handles = handles[:most - 1] + [Patch(fc='none', ec='none', label=f'and {len(handles) - most + 1} more')]
-    ax.legend(handles=handles, loc='upper left', bbox_to_anchor=(-0.03, 0.0), ncol=2, fontsize=6, frameon=False, handlelength=1, handleheight=0.9,
-              columnspacing=0.8, labelspacing=0.25, borderaxespad=0.3)
+    ax.legend(handles=handles, loc='upper left', bbox_to_anchor=(-0.03, 0.0), ncol=2, fontsize=6, frameon=False, handlelength=0.9, handleheight=0.9,
+              handletextpad=0.5, columnspacing=0.6, labelspacing=0.25, borderaxespad=0.3)
 
 # %% ../nbs/06d_layers.ipynb #draw-layer
 def draw_layer(ax, # where
@@ -219,11 +219,11 @@ def draw_climate(ax, tile:dict)->None:
 # %% ../nbs/06d_layers.ipynb #small-png
 def small_png(fig, # matplotlib figure
               dpi:int=95, # fewer dots for a smaller file
-              colours:int=128, # of the palette
+              colours:int=256, # of the palette
              )->bytes:
     "A figure with many pixels as a small PNG for a notebook or a README; closes it."
     full, small = io.BytesIO(), io.BytesIO()
     fig.savefig(full, dpi=dpi)
     plt.close(fig)
-    Image.open(full).convert('RGB').quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, format='png', optimize=True)
+    Image.open(full).convert('RGB').quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, format='png', optimize=True)
     return small.getvalue()

@@ -1,4 +1,4 @@
-"Figures draw whatever a store or a run holds, holes included."
+"Figures draw whatever a run holds, holes included."
 import json
 from contextlib import chdir
 
@@ -8,20 +8,9 @@ import pandas as pd
 import pytest
 
 from mmearth import figures as f
-from mmearth.modalities import TASKS, modality, valid
+from mmearth.modalities import TASKS
 
 matplotlib.use('agg')
-
-
-class Stand:
-    "A store with chosen modalities, of one tile."
-    size = 16
-
-    def __init__(self, stem='stand', **arrays): self.stem, self.arrays, self.modalities = stem, arrays, list(arrays)
-    def bands(self, name): return ('B4', 'B3', 'B2') if name == 'sentinel2' and len(self.arrays[name]) == 3 else modality(name).bands
-    def __getitem__(self, i):
-        ok = {k: valid(modality(k), v, self.bands(k)) for k, v in self.arrays.items()}
-        return {**self.arrays, 'valid': ok, 'meta': dict(tile_id='7', lat=None, lon=None, date=None, level='l1c')}
 
 
 @pytest.fixture(autouse=True)
@@ -31,52 +20,6 @@ def close():
 
 
 def titles(fig): return [a.get_title() for a in fig.axes]
-
-
-def test_rgb_only_store_is_drawn_with_holes():
-    store = Stand(sentinel2=np.full((3, 16, 16), 900, 'uint16'), lat=np.float32([0.6, 0.8]), lon=np.float32([0, 1]), elevation=np.float32([120]),
-                  surface_temperature=np.float32([np.nan]), biome=np.eye(14, dtype='uint8')[7])
-    fig = f.draw_tile(store, 0)
-    fig.canvas.draw()
-    holes = [t for a in fig.axes for t in a.texts if t.get_text() == 'no data']
-    assert len(holes) == 9 + 3  # eight rasters and ERA5; date, month and ecoregion among the facts
-    assert ('elevation', '120.0 m') in f.facts(store[0]) and not any(k == 'surface temperature' for k, _ in f.facts(store[0]))
-    assert '36.87° N, 0.00° E' in titles(fig)
-
-
-def test_an_empty_tile_is_all_holes():
-    store = Stand(sentinel2=np.zeros((13, 16, 16), 'uint16'), sentinel1=np.full((8, 16, 16), -np.inf, 'float32'), aster=np.full((2, 16, 16), -32768, 'int16'),
-                  canopy_height_eth=np.full((2, 16, 16), 127, 'int8'), dynamic_world=np.zeros((1, 16, 16), 'uint8'), esa_worldcover=np.full((1, 16, 16), 255, 'uint8'),
-                  era5=np.full(12, np.nan, 'float32'), lat=np.full(2, -np.inf, 'float32'), lon=np.full(2, -np.inf, 'float32'), month=np.full(2, -np.inf, 'float32'),
-                  biome=np.full(14, 255, 'uint8'), eco_region=np.full(846, 65535, 'uint16'))
-    fig = f.draw_tile(store, 0)
-    fig.canvas.draw()
-    assert all(f.tile_layer(store, store[0], layer) is None for layer in f.LAYERS)
-    assert 'Place: no data' in titles(fig)
-
-
-def test_radar_takes_the_polarisation_there_is():
-    radar = np.full((8, 16, 16), -np.inf, 'float32')
-    radar[2:4] = -12
-    store = Stand(sentinel1=radar)
-    asc, desc = (f.tile_layer(store, store[0], layer) for layer in f.LAYERS[2:4])
-    assert asc[2] == ('asc_HH', 'asc_HV') and desc is None
-
-
-@pytest.mark.parametrize('month', range(1, 13))
-def test_months_by_name(month):
-    a = 2 * np.pi * month / 12
-    store = Stand(sentinel2=np.ones((13, 16, 16), 'uint16'), month=np.float32([np.sin(a), np.cos(a)]))
-    assert dict(f.facts(store[0]))['month'] == 'January February March April May June July August September October November December'.split()[month - 1]
-
-
-def test_holes_are_transparent_and_scales_shared():
-    layer = f.LAYERS[4]
-    x = np.arange(16.).reshape(1, 4, 4)
-    ok = x[0] > 3
-    colours, scale = f.paint(layer, x, ok, (0, 100))
-    assert np.array_equal(colours[..., 3] == 1, ok) and scale.get_clim() == (0, 100)
-    assert f.paint(layer, np.full((1, 4, 4), 5.))[1].get_clim() == (5, 25)
 
 
 def test_reconstructions_need_only_arrays():
@@ -123,11 +66,6 @@ def test_figures_and_tables_repeat_to_the_byte(tmp_path):
     assert set(first) == {'a.png', 'a.json', 't.csv', 't.md'}
     side = json.loads(first['a.json'])
     assert side == dict(maker='runs/report', run_ids=['all-0', 'all-1', 'random-0', 'random-1'], commit='unknown')
-
-
-def test_outline_is_refused_when_it_is_something_else(tmp_path):
-    (tmp_path / 'x.shp').write_bytes(b'not a map')
-    with pytest.raises(ValueError, match='not a shapefile'): f.read_outline(tmp_path / 'x.shp')
 
 
 def test_unknown_arms_get_different_colours():
