@@ -11,7 +11,7 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps, pyplot as plt
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .modalities import BIOMES, ECOREGIONS, MODALITIES, modality
 from .splits import map_axes
@@ -41,6 +41,11 @@ def _counted(ax, axis:str='y', what:str='Number of samples'):
     one.set_label_text(what, fontsize=8.5)
     ax.grid(axis=axis, color='#e8e8e8', lw=0.7)
 
+def _empty(ax):
+    "Axes of something that was not measured."
+    ax.text(0.5, 0.5, 'no data', transform=ax.transAxes, ha='center', va='center', fontsize=9, color='#808080')
+    ax.set(xticks=[], yticks=[], facecolor='#f6f6f6')
+
 def _part(report:dict, *keys:str):
     "A part of a report; an error says what was not inspected."
     found = report
@@ -50,6 +55,8 @@ def _part(report:dict, *keys:str):
     return found
 
 # %% ../nbs/07a_atlas.ipynb #density
+_INFERNO = ListedColormap(colormaps['inferno'](np.linspace(0, 0.9, 256)))
+
 def density(tiles:pd.DataFrame, # columns lat and lon, degrees
             outline=None, # see `mmearth.splits.map_axes`
             step:float=1., # degrees, side of a cell
@@ -60,11 +67,12 @@ def density(tiles:pd.DataFrame, # columns lat and lon, degrees
     if placed.empty: raise ValueError(f'none of {len(tiles)} tiles has a latitude and a longitude')
     x, y = np.arange(-180, 180 + step / 2, step), np.arange(-90, 90 + step / 2, step)
     counts = np.histogram2d((placed.lon + 180) % 360 - 180, placed.lat, (x, y))[0].T
-    fig, (ax,) = _figure(report, high=3.9)
+    south = -60 if placed.lat.min() > -58 else -90
+    fig, (ax,) = _figure(report, high=0.6 + 7 * (85 - south) / 360)
     map_axes(ax, [-89, 89], [-180, 180], outline)
-    if placed.lat.min() > -58: ax.set_ylim(-60, 85)
+    ax.set_ylim(south, 85 if placed.lat.max() < 83 else 90)
     top = max(3, np.ceil(np.quantile(counts[counts > 0], .995)))
-    drawn = ax.pcolormesh(x, y, np.where(counts > 0, counts, np.nan), cmap='inferno', norm=Normalize(0, top), rasterized=True)
+    drawn = ax.pcolormesh(x, y, np.where(counts > 0, counts, np.nan), cmap=_INFERNO, norm=Normalize(0, top), rasterized=True)
     bar = fig.colorbar(drawn, ax=ax, fraction=0.025, pad=0.015, shrink=0.82, extend='max' if counts.max() > top else 'neither')
     bar.ax.set_ylim(1, top)
     bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -146,11 +154,14 @@ def land_cover(report:dict, # of `mmearth.inspect.inspect`
     for ax, (name, title) in zip(axes, both.items()):
         classes, pixels = modality(name).classes, report['classes'][name]
         counts = np.array([pixels.get(c.name, 0) for c in classes], float)
-        share = 100 * counts / max(counts.sum(), 1)
-        ax.barh(range(len(classes)), share, 0.8, color=[c.colour for c in classes], ec='#808080', lw=0.4)
-        for i, s in enumerate(share): ax.text(s + 0.012 * max(share.max(), 1), i, f'{s:.1f}' if s >= 0.05 or s == 0 else '<0.1', va='center', fontsize=7.5, color='#505050')
-        ax.set(yticks=range(len(classes)), yticklabels=[c.name for c in classes], ylim=(len(classes) - 0.4, -0.6), xlim=(0, 1.13 * max(share.max(), 1)))
         ax.set_title(f'{title}, {counts.sum():,.0f} pixels', fontsize=8.5, loc='left')
+        if not counts.any():
+            _empty(ax)
+            continue
+        share = 100 * counts / counts.sum()
+        ax.barh(range(len(classes)), share, 0.8, color=[c.colour for c in classes], ec='#808080', lw=0.4)
+        for i, s in enumerate(share): ax.text(s + 0.012 * share.max(), i, f'{s:.1f}' if s >= 0.05 or s == 0 else '<0.1', va='center', fontsize=7.5, color='#505050')
+        ax.set(yticks=range(len(classes)), yticklabels=[c.name for c in classes], ylim=(len(classes) - 0.4, -0.6), xlim=(0, 1.13 * share.max()))
         ax.set_xlabel('Share of pixels, %', fontsize=8.5)
         ax.tick_params(axis='y', length=0)
         ax.grid(axis='x', color='#e8e8e8', lw=0.7)
@@ -177,9 +188,7 @@ def _histogram(ax, report:dict, key:str, colour:str, scale:float=1., shift:float
     "Draws one histogram of the report as steps, in other units; False where nothing was measured."
     found = report['histograms'].get(key)
     if not found or not sum(found['counts']):
-        if filled:
-            ax.text(0.5, 0.5, 'no data', transform=ax.transAxes, ha='center', va='center', fontsize=9, color='#808080')
-            ax.set(xticks=[], yticks=[])
+        if filled: _empty(ax)
         return False
     edges, counts = np.asarray(found['edges'], float) * scale + shift, np.asarray(found['counts'], float)
     ax.stairs(counts, edges, fill=filled, color=colour, alpha=0.75 if filled else 1, lw=0 if filled else 1.2, label=label)
@@ -223,7 +232,7 @@ def heights(report:dict, # of `mmearth.inspect.inspect`
     return fig
 
 # %% ../nbs/07a_atlas.ipynb #holes
-_SHORT = {'prev_month': 'prev', 'curr_month': 'month', 'temperature_': 'T ', 'precipitation': 'rain', 'elevation': 'elev', 'MSK_CLDPRB': 'CLDPRB', 'eco_region': 'region'}
+_SHORT = {'prev_month': 'prev', 'curr_month': 'curr', 'temperature_': 'T ', 'precipitation': 'rain', 'elevation': 'elev', 'MSK_CLDPRB': 'CLDPRB', 'eco_region': 'region'}
 
 def _short(band:str)->str:
     "A band name that fits a cell."

@@ -248,7 +248,7 @@ def map_axes(ax, # matplotlib axes
     ax.tick_params(labelsize=7, length=2, color='#b0b0b0', labelcolor='#505050')
     for spine in ax.spines.values(): spine.set(color='#b0b0b0', lw=0.6)
     if isinstance(outline, np.ndarray): ax.imshow(np.where(outline[..., None], [0.92, 0.91, 0.89, 1], [0, 0, 0, 0]), extent=(-180, 180, -90, 90), interpolation='nearest', aspect=ax.get_aspect(), zorder=0)
-    elif outline: ax.add_collection(PolyCollection(outline, facecolors='#ebe9e4', edgecolors='#bdb9ae', linewidths=0.3, zorder=0), autolim=False)
+    elif outline: ax.add_collection(PolyCollection(outline, facecolors='#ebe9e4', edgecolors='#bdb9ae', linewidths=0.3 if len(outline) < 1500 else 0.15, zorder=0), autolim=False)
 
 # %% ../nbs/02b_splits.ipynb #split-map
 PART_COLOURS = dict(train='#8fa6b8', val='#e8a33d', test='#c0392b', buffer='#1f1f1f', test_image='#2f6fb0', test_region='#c0392b')
