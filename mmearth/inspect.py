@@ -248,22 +248,35 @@ def inspect(store:TileSet, # what to look at
                      handled=e.handled, examples=[store.tile_ids[r] for r in e.rows[:5]]) for e in wrong.itertuples()],
         leakage=leakage)
 
-# %% ../nbs/06b_inspect.ipynb #write-report
+# %% ../nbs/06b_inspect.ipynb #report-parts
 def _table(head:list[str], lines)->str:
     "A Markdown table."
     return '\n'.join(f'| {" | ".join(str(c) for c in line)} |' for line in [head, ['---'] * len(head), *lines]) + '\n'
 
+def _percent(x:float)->str: return '< 0.1%' if 0 < x < .0005 else f'{x:.1%}'
+
+def _bar(x:float)->str: return '█' * round(30 * x)
+
+def _holes(nodata:dict)->list[tuple]:
+    "Shares without data; bands of a modality that have the same share stand in one line."
+    lines:dict[tuple, list] = {}
+    for k, v in nodata.items():
+        for band, share in v.items():
+            if share: lines.setdefault((k, _percent(share), _bar(share)), []).append(band)
+    return [(k, ', '.join(b) if len(b) < 5 else f'{b[0]} … {b[-1]} ({len(b)})', share, bar) for (k, share, bar), b in lines.items()]
+
+# %% ../nbs/06b_inspect.ipynb #write-report
 def _shares(title:str, counts:dict, unit:str, most:int=15)->str:
     "A section with counts, the largest first, as shares of their sum."
     total, largest = sum(counts.values()), sorted(counts.items(), key=lambda kv: -kv[1])
-    lines = [(k, f'{v:,}', f'{v / total:.1%}', '█' * round(30 * v / total)) for k, v in largest[:most] if v]
+    lines = [(k, f'{v:,}', _percent(v / total), _bar(v / total)) for k, v in largest[:most] if v]
     rest = f'\n{len([v for _, v in largest[most:] if v])} more not shown.\n' if any(v for _, v in largest[most:]) else ''
     return f'## {title}\n\n' + (_table(['', unit, 'share', ''], lines) + rest if lines else 'None.\n')
 
 def _errata_page(report:dict)->str:
     "Errata: those found first, then those not found, then those that cannot be seen."
     found = [e for e in report['errata'] if e['tiles'] or e['note']]
-    lines = [(f'**{e["id"]}**', f'{e["tiles"]:,}', f'{e["tiles"] / max(report["tiles"], 1):.1%}', e['what'] + (f' *{e["note"]}*' if e['note'] else ''), e['handled']) for e in found]
+    lines = [(f'**{e["id"]}**', f'{e["tiles"]:,}', _percent(e["tiles"] / max(report["tiles"], 1)), e['what'] + (f' *{e["note"]}*' if e['note'] else ''), e['handled']) for e in found]
     clear = ', '.join(e['id'] for e in report['errata'] if e['tiles'] == 0 and not e['note'])
     blind = [(e['id'], e['what'], e['handled']) for e in report['errata'] if e['tiles'] is None]
     return '## Errata\n\n' + _table(['erratum', 'tiles', 'share', 'what it is', 'what is done about it'], lines) + f'\nLooked for and not found: {clear or "none"}.\n\n' + \
@@ -275,14 +288,13 @@ def write_report(report:dict, # of `inspect`
     "Writes a report as inspect.json, for programs, and inspect.md, for people."
     out, r = Path(out), report
     leak, twins = r['leakage'], {k: v for k, v in r['duplicates'].items() if v}
-    holes = [(k, b, f'{share:.1%}', '█' * round(30 * share)) for k, v in r['nodata'].items() for b, share in v.items() if share]
     page = [f'# {r["stem"]}: {r["tiles"]:,} tiles of {r["size"]} pixels\n',
         f'Fingerprint `{r["fingerprint"]}`. Processing levels: {", ".join(f"{k} {v:,}" for k, v in r["levels"].items())}. Splits: {", ".join(f"{k} {v:,}" for k, v in r["splits"].items())}.\n',
         _errata_page(r),
         '## Copies\n\n' + _table(['found by', 'tiles', 'groups', 'could be dropped', 'for example'], [(k, v['tiles'], v['groups'], v['surplus'], '; '.join(' = '.join(g) for g in v['examples'][:3])) for k, v in twins.items()]),
         '## Overlap with labelled places\n\n' + ('Not looked for: give the places.\n' if leak is None else
             f'{leak["places_met"]:,} of {leak["places"]:,} places lie in {leak["tiles"]:,} tiles' + (f' (such as {", ".join(leak["examples"])}). Leave those tiles out before testing on these places.\n' if leak['tiles'] else '.\n')),
-        '## Without data\n\n' + _table(['modality', 'band', 'share of pixels', ''], holes),
+        '## Without data\n\n' + _table(['modality', 'band', 'share of pixels', ''], _holes(r['nodata'])),
         _shares('Biomes', r['biomes'], 'tiles'), _shares('Ecoregions', r['eco_regions'], 'tiles'),
         _shares('Months', {k: sum(v.values()) for k, v in r['months'].items()}, 'tiles', 48),
         *(_shares(f'Classes of {k}', v, 'pixels') for k, v in r['classes'].items())]
