@@ -184,13 +184,22 @@ def biome_counts(report:dict, # of `mmearth.inspect.inspect`
     return fig
 
 # %% ../nbs/07a_atlas.ipynb #histogram
-def _histogram(ax, report:dict, key:str, colour:str, scale:float=1., shift:float=0., label:str|None=None, filled:bool=True)->bool:
-    "Draws one histogram of the report as steps, in other units; False where nothing was measured."
+def _merge(report:dict, *keys:str, most:int=100)->int:
+    "How many bins to draw as one, so that histograms together have `most`, or fewer where little was counted."
+    counts = sum(np.asarray(report['histograms'][k]['counts']) for k in keys if k in report['histograms'])
+    if not np.any(counts): return 1
+    used = np.ptp(np.flatnonzero(counts)) + 1
+    return int(np.ceil(used / min(most, max(20, 2 * np.sqrt(counts.sum() / len(keys))))))
+
+def _histogram(ax, report:dict, key:str, colour:str, scale:float=1., shift:float=0., merge:int=1, label:str|None=None, filled:bool=True)->bool:
+    "Draws one histogram of the report as steps, in other units, `merge` bins at a time; False where nothing was counted."
     found = report['histograms'].get(key)
     if not found or not sum(found['counts']):
         if filled: _empty(ax)
         return False
     edges, counts = np.asarray(found['edges'], float) * scale + shift, np.asarray(found['counts'], float)
+    starts = np.arange(0, len(counts), merge)
+    edges, counts = np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
     ax.stairs(counts, edges, fill=filled, color=colour, alpha=0.75 if filled else 1, lw=0 if filled else 1.2, label=label)
     used = np.flatnonzero(counts)
     low, high = edges[used[0]], edges[used[-1] + 1]
@@ -204,15 +213,17 @@ def climate(report:dict, # of `mmearth.inspect.inspect`
     "ERA5 temperature and precipitation of the month of each tile."
     _part(report, 'histograms')
     fig, (left, right) = _figure(report, 2, 2.6)
-    if _histogram(left, report, 'era5/curr_month_temperature_avg', '#C8443C', shift=-273.15, label='mean'):
+    mean, rain, others = 'era5/curr_month_temperature_avg', 'era5/curr_month_precipitation', dict(min=('coldest', '#2B6CA3'), max=('warmest', '#7a1f18'))
+    celsius = dict(shift=-273.15, merge=_merge(report, mean, *(mean.replace('avg', k) for k in others)))
+    if _histogram(left, report, mean, '#C8443C', label='mean', **celsius):
         limits = [left.get_xlim()]
-        for key, colour in (('min', '#2B6CA3'), ('max', '#7a1f18')):
-            if _histogram(left, report, f'era5/curr_month_temperature_{key}', colour, shift=-273.15, label={'min': 'coldest', 'max': 'warmest'}[key], filled=False): limits.append(left.get_xlim())
+        for k, (label, colour) in others.items():
+            if _histogram(left, report, mean.replace('avg', k), colour, label=label, filled=False, **celsius): limits.append(left.get_xlim())
         left.set_xlim(min(l for l, _ in limits), max(h for _, h in limits))
         left.legend(frameon=False, fontsize=7.5, loc='upper left', handlelength=1.2, borderaxespad=0.2)
         _counted(left)
     left.set_xlabel('Temperature of the month, °C', fontsize=8.5)
-    if _histogram(right, report, 'era5/curr_month_precipitation', '#4a86b8', scale=1000): _counted(right, what='')
+    if _histogram(right, report, rain, '#4a86b8', scale=1000, merge=_merge(report, rain)): _counted(right, what='')
     right.set_xlabel('Precipitation of the month, mm', fontsize=8.5)
     return fig
 
