@@ -232,6 +232,7 @@ class Resume:
 
     def __call__(self, url, output_file, pooch):
         target, failures = self.root / self.file.path, {}
+        Path(output_file).unlink(missing_ok=True)  # pooch's empty temporary file, which a kill would leave behind
         part = Part(target, self.progress)
         for url in self.urls:
             try:

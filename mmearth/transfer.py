@@ -166,5 +166,5 @@ def transfer(url:str, # address of the file
         except (_Cut, requests.RequestException) as e:
             failed = 0 if part.size > best else failed + 1
             best = max(best, part.size)
-            if failed > retries: raise Refused(f'{e} ({failed} attempts in a row brought nothing new)') from e
+            if failed > retries: raise Refused(f'{e}; {failed} attempts in a row brought nothing new') from e
             time.sleep(min(wait * 2**failed, 60))
