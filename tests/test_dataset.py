@@ -9,9 +9,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from mmearth.dataset import Scale, Store, StoreError, decode, random_crop
-from mmearth.modalities import S2_BANDS, TASKS, modality
+from mmearth.dataset import ALIASES, SHIFTED, MMEarth, Scale, Store, StoreError, as_torchgeo, band_names, decode, random_crop, shifted
+from mmearth.modalities import S2_BANDS, S2_MASKS, TASKS, modality, valid
 from mmearth.statistics import statistics
 from mmearth.synthetic import write_store
 
@@ -295,3 +296,118 @@ def test_the_same_on_a_gpu(tiny):
     for k in wanted:
         assert gpu[k].device.type == 'cuda' and torch.equal(gpu['valid'][k].cpu(), cpu['valid'][k])
         torch.testing.assert_close(gpu[k].cpu(), cpu[k])
+
+
+def test_validity_is_the_same_on_both_roads(tiny):
+    "`modalities.valid`, for numpy, and `decode`, for the device, agree on every stored number."
+    raw = tiny.read(range(24))
+    batch = decode(raw, tiny.levels, tiny.stats, {k: tiny.bands(k) for k in tiny.modalities})
+    for k, x in raw.items():
+        ok = valid(modality(k), x, tiny.bands(k))
+        if modality(k).kind == 'categorical': ok = ok[:, 0]
+        assert np.array_equal(batch['valid'][k].numpy(), ok), k
+
+
+def test_a_dataset_gives_what_decode_gives(tiny):
+    data = MMEarth(tiny.root)
+    rows, wrong = tiny.rows('train'), shifted(tiny.tiles)
+    batch = decode(tiny.read(rows, TASKS), tiny.levels[rows], tiny.stats, wanted_of(tiny, TASKS))
+    assert len(data) == len(rows) and list(data.bands) == [m for m in TASKS if m in tiny.modalities]
+    for i in (0, 5, -1):
+        sample, at = data[i], range(len(data))[i]
+        for k in TASKS:
+            if not (wrong[rows[at]] and k in SHIFTED): assert torch.equal(sample[k], batch[k][at]) and torch.equal(sample['valid'][k], batch['valid'][k][at]), k
+        told = tiny.info[sample['meta']['tile_id']]
+        assert sample['meta'] == dict(tile_id=tiny.tile_ids[rows[at]], row=rows[at], lat=told['lat'], lon=told['lon'], date=told['S2_DATE'] or '', crs=told['CRS'], level=told['S2_type'])
+    for bad in (len(data), -len(data) - 1): pytest.raises(IndexError, data.__getitem__, bad)
+    for bad in (1.5, None): pytest.raises(TypeError, data.__getitem__, bad)
+    pytest.raises(KeyError, data.__getitem__, 'nowhere')
+
+
+def test_raw_numbers_keep_their_types(mini):
+    data = MMEarth(mini.root, raw=True, modalities=[*TASKS, *S2_MASKS], bands=dict(sentinel2=['RED', 'B10'], aster='slope'))
+    sample, whole = data[395], mini.read([395])
+    for k in data.bands:
+        want = whole[k][0] if k not in ('sentinel2', 'aster') else whole[k][0][[3, 10] if k == 'sentinel2' else [1]]
+        assert sample[k].numpy().dtype == want.dtype and sample[k].numpy().tobytes() == want.tobytes(), k
+        assert sample['valid'][k].shape == sample[k].shape and sample['valid'][k].dtype == torch.bool
+    assert MMEarth(mini.root, raw=True, modalities='sentinel2')[0]['sentinel2'].shape == (13, 64, 64)
+
+
+@pytest.mark.parametrize('how', ['fork', 'spawn'])
+def test_workers_of_a_loader(tiny, how):
+    "Two workers, started either way, after the parent has read: the same batches as without any."
+    data = MMEarth(tiny.root, modalities=['sentinel2', 'sentinel1', 'biome', 'dynamic_world', 'era5'])
+    alone = list(DataLoader(data, batch_size=5))
+    shared = list(DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=how))
+    assert [b['meta']['tile_id'] for b in alone] == [b['meta']['tile_id'] for b in shared] and len(alone) == 5
+    for a, b in zip(alone, shared):
+        assert all(torch.equal(a[k], b[k]) and torch.equal(a['valid'][k], b['valid'][k]) for k in data.bands)
+
+
+def test_samples_without_date_can_be_collated(mini):
+    page = next(iter(DataLoader(MMEarth(mini.root, modalities=['lat', 'month']), batch_size=396)))
+    assert page['meta']['date'].count('') == 359 and page['lat'].shape == (396, 2)
+
+
+def test_a_shifted_tile_is_marked(tiny_store, tmp_path):
+    root = shutil.copytree(tiny_store, tmp_path / 'store')
+    before = Store(root)
+    row = int(np.flatnonzero(before.levels == 'l2a')[0])
+    path, name = before.paths['tile_info'], before.tile_ids[row]
+    info = json.loads(path.read_text())
+    info[name]['BANDS']['sentinel2'] = [b for b in info[name]['BANDS']['sentinel2'] if b != 'MSK_CLDPRB']
+    path.write_text(json.dumps(info))
+    for raw in (False, True):
+        sample = MMEarth(root, raw=raw)[name]
+        assert not any(sample['valid'][k].any() for k in SHIFTED)
+        assert all(sample['valid'][k].any() for k in ('sentinel2', 'biome', 'lat', 'era5'))
+        if not raw: assert all((sample[k] == (-1 if modality(k).kind == 'categorical' else 0)).all() for k in SHIFTED)
+
+
+def test_splits_and_ids(tiny_store, tmp_path):
+    root = shutil.copytree(tiny_store, tmp_path / 'store')
+    path = next(root.glob('*_splits.json'))
+    path.write_text(json.dumps(dict(train=[5, 2], val=[7], test=[])))
+    train, val = MMEarth(root, modalities='biome'), [MMEarth(root, s, modalities='biome') for s in ('val', 'valid', 'validation')]
+    assert [s['meta']['row'] for s in train] == [5, 2] and train[train.store.tile_ids[2]]['meta']['row'] == 2
+    assert [d[0]['meta']['row'] for d in val] == [7, 7, 7] and len(MMEarth(root, 'test')) == 0
+    with pytest.raises(KeyError, match="not in split 'train'"): train[train.store.tile_ids[7]]
+    with pytest.raises(StoreError, match='no such split'): MMEarth(root, 'holdout')
+
+
+def test_names_of_bands():
+    assert [band_names('sentinel2', n) for n in ('b02', 'BLUE', 'B2')] == [('B2',)] * 3
+    assert set(ALIASES['sentinel2'].values()) == set(S2_BANDS)
+    assert (ALIASES['sentinel2']['NIR_NARROW'], ALIASES['sentinel2']['NIR_BROAD'], ALIASES['sentinel2']['CIRRUS'], ALIASES['sentinel2']['SWIR_1']) == ('B8A', 'B8', 'B10', 'B11')
+    for bad in ([], ['B2', 'BLUE']): pytest.raises(ValueError, band_names, 'sentinel2', bad)
+    assert band_names('sentinel2', ['B99', 3]) == ('B99', '3')
+
+
+def test_what_is_refused(tiny_store, tmp_path):
+    for bad in (['B13'], dict(sentinel1=['VV']), dict(aster=['height'])): pytest.raises(KeyError, MMEarth, tiny_store, bands=bad)
+    with pytest.raises(StoreError, match='no such modality'): MMEarth(tiny_store, modalities=['clouds'])
+    with pytest.raises(ValueError, match='bands of aster'): MMEarth(tiny_store, modalities=['sentinel2'], bands=dict(aster=['slope']))
+    with pytest.raises(StoreError, match='no such folder'): MMEarth(tmp_path / 'nowhere')
+    with pytest.raises(StoreError, match='missing'): MMEarth(tiny_store, stats={'aster': dict(mean=[0, 0], std=[1, 1], min=[0, 0], max=[0, 0])})
+
+
+def test_downloads_and_hashes_are_asked_for(tiny_store, tmp_path, monkeypatch):
+    "`download` and `checksum` are those of the manifest; a fault stops the opening."
+    from mmearth import manifest
+    asked = []
+    monkeypatch.setattr(manifest, 'download', lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr(manifest, 'verify', lambda *a, **k: [('tiny/x.h5', 'has another hash')])
+    MMEarth(tiny_store, download=True, modalities='biome')
+    assert asked == [(('tiny', tiny_store.parent), dict(checksum=False))]
+    with pytest.raises(StoreError, match='another hash'): MMEarth(tiny_store, checksum=True)
+
+
+def test_torchgeo_keys(tiny):
+    "The keys of torchgeo's class, with what it lacks beside them."
+    data = MMEarth(tiny.root, transforms=lambda s: as_torchgeo(s, data.bands))
+    flat, rows = data[2], tiny.rows('train')
+    assert {'image_sentinel2', 'image_sentinel1', 'image_aster', 'image_canopy_height_eth', 'mask_dynamic_world', 'mask_esa_worldcover', 'era5', 'biome', 'eco_region',
+            'lat', 'lon', 'date', 'crs', 'tile_id', 'avail_bands', 'vector_lat', 'vector_lon', 'vector_month', 'level'} <= set(flat)
+    assert flat['lat'] == tiny.info[tiny.tile_ids[rows[2]]]['lat'] and flat['biome'].shape == () and flat['biome'] == tiny.info[tiny.tile_ids[rows[2]]]['biome']
+    assert set(flat['avail_bands']['sentinel1']) == {b for b, ok in zip(data.bands['sentinel1'], flat['valid_sentinel1'].flatten(1).any(1)) if ok}
