@@ -33,6 +33,9 @@ ACCURACY = 'derived from the centre, not released: 10 m pixels on the 10 m grid 
 @lru_cache(64)
 def _projection(crs:str)->Transformer: return Transformer.from_crs('EPSG:4326', crs, always_xy=True)
 
+@lru_cache(64)
+def _in_metres(crs:str)->bool: return CRS(crs).is_projected
+
 def tile_transform(lat:float, # of the centre, degrees
                    lon:float, # of the centre, degrees
                    crs:str, # projected, in metres
@@ -53,14 +56,14 @@ class Georeference(NamedTuple):
 
 def georeference(tiles:TileSet, row:int)->Georeference:
     "Coordinate system and affine transform of a tile; None and a reason where they cannot be known."
-    told = tiles.tiles.iloc[row]
-    if not isinstance(told.crs, str) or not told.crs: return Georeference(None, None, 'none: the tile information has no CRS')
-    if not np.isfinite([told.lat, told.lon]).all(): return Georeference(None, None, 'none: the tile information has no place')
+    crs, lat, lon = (tiles.tiles.at[row, k] for k in ('crs', 'lat', 'lon'))
+    if not isinstance(crs, str) or not crs: return Georeference(None, None, 'none: the tile information has no CRS')
+    if not np.isfinite([lat, lon]).all(): return Georeference(None, None, 'none: the tile information has no place')
     try:
-        if not CRS(told.crs).is_projected: return Georeference(None, None, f'none: {told.crs} is not in metres')
-        return Georeference(told.crs, tile_transform(told.lat, told.lon, told.crs, tiles.size), ACCURACY)
+        if not _in_metres(crs): return Georeference(None, None, f'none: {crs} is not in metres')
+        return Georeference(crs, tile_transform(lat, lon, crs, tiles.size), ACCURACY)
     except (ValueError, CRSError) as e:
-        raise StoreError(tiles.root, str(told.tile_id), f'cannot be placed ({e})', 'correct CRS, lat and lon in the tile information') from e
+        raise StoreError(tiles.root, str(tiles.tile_ids[row]), f'cannot be placed ({e})', 'correct CRS, lat and lon in the tile information') from e
 
 # %% ../nbs/07_cube.ipynb #bounds
 class Bounds(NamedTuple):
