@@ -68,7 +68,7 @@ def density(tiles:pd.DataFrame, # columns lat and lon, degrees
     x, y = np.arange(-180, 180 + step / 2, step), np.arange(-90, 90 + step / 2, step)
     counts = np.histogram2d((placed.lon + 180) % 360 - 180, placed.lat, (x, y))[0].T
     south = -60 if placed.lat.min() > -58 else -90
-    fig, (ax,) = _figure(report, high=0.6 + 7 * (85 - south) / 360)
+    fig, (ax,) = _figure(report, high=0.8 + 6.3 * (85 - south) / 360)
     map_axes(ax, [-89, 89], [-180, 180], outline)
     ax.set_ylim(south, 85 if placed.lat.max() < 83 else 90)
     top = max(3, np.ceil(np.quantile(counts[counts > 0], .995)))
