@@ -1,0 +1,162 @@
+"The command line: every command through the door, errors as one line, nothing half-written."
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from mmearth.cli import app, conditions, names, numbers
+from mmearth.pack import Pack
+from mmearth.store import Store
+
+COMMANDS = 'download fetch inspect split index query stats pack verify share show card run experiment'.split()
+
+
+def call(*words, code=0):
+    "What was said on stdout; the exit code is as expected."
+    found = CliRunner().invoke(app, [str(w) for w in words])
+    assert found.exit_code == code, (words, found.output, found.exception)
+    return found.stdout if code == 0 else found.stderr
+
+
+@pytest.fixture
+def store(tiny_store, tmp_path): return shutil.copytree(tiny_store, tmp_path / 'store')
+
+
+def test_help_names_every_command_and_every_option_has_a_text():
+    front = call('--help')
+    for name in COMMANDS:
+        assert re.search(rf'^  {name}\s+\w', front, re.M), name
+        text = call(name, '--help')
+        bare = [line for line in text.splitlines() if re.fullmatch(r'\s+-{1,2}[\w-]+( [A-Z]+)?\s*', line)]
+        assert not bare or all('--help' in b or '--seed' in b for b in bare), (name, bare)
+    assert len(COMMANDS) == len(app.registered_commands)
+
+
+def test_help_imports_nothing_heavy():
+    code = 'import sys, mmearth.cli; sys.exit(" ".join({"torch", "h5py", "pandas", "numpy", "matplotlib", "zarr"} & set(sys.modules)))'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr == '\n' or subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_query_index_show(store, tmp_path):
+    tiles = Store(store)
+    lines = call('query', store, '--level', 'l1c').splitlines()
+    assert lines[0] == 'row,tile_id,date,level,lat,lon,biome' and [int(x.split(',')[0]) for x in lines[1:]] == tiles.query(level='l1c').tolist()
+    box = '-180,-90,0,90'
+    assert len(call('query', store, f'--box={box}').splitlines()) - 1 == len(tiles.query(box=(-180, -90, 0, 90))) == len(call('query', store, '--box', box).splitlines()) - 1
+    for out in (tmp_path / 'a.parquet', tmp_path / 'a.geojson'): assert call('index', store, '--out', out).strip() == str(out) and out.stat().st_size > 100
+    assert call('show', store, tiles.tile_ids[4], '--out', tmp_path / 'a.png').strip() == str(tmp_path / 'a.png')
+    assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG' and not list(tmp_path.glob('.*'))
+    assert 'no tile' in call('show', store, 'nonsense', code=1)
+
+
+def test_split_stats_pack_share_verify(store, tmp_path):
+    made = call('split', store, 'mine', '--method', 'random', '--fractions', '0.5,0.25,0.25', '--seed', 3).strip()
+    assert made.endswith('_splits_mine.json') and json.loads(open(made).read())['how']['seed'] == 3
+    rows = Store(store).rows('mine/train')
+    call('pack', store, tmp_path / 'pack', '--split', 'mine/train', '--modalities', 'sentinel2,aster,biome', '--no-sound', '--no-progress')
+    packed = Pack(tmp_path / 'pack')
+    assert packed.modalities == ['sentinel2', 'aster', 'biome'] and np.array_equal(packed.read([0])['aster'], Store(store).read(rows[:1])['aster'])
+    call('share', tmp_path / 'pack', tmp_path / 'shared')
+    call('share', tmp_path / 'shared', tmp_path / 'again', '--back')
+    assert call('verify', tmp_path / 'again', '--no-progress') == 'nothing is wrong\n'
+    (tmp_path / 'again' / 'hashes.json').write_text('{"a": "b"}')
+    assert 'a: missing' in call('verify', tmp_path / 'again', '--no-progress', code=1)
+    path = call('stats', store, '--name', 'some', '--rows', '0-9', '--modalities', 'aster', '--no-progress').strip()
+    assert json.loads(open(path).read())['how']['tiles'] == 10
+
+
+def test_inspect(store, tmp_path):
+    pd.DataFrame(dict(lat=[0.], lon=[0.])).to_csv(tmp_path / 'places.csv', index=False)
+    call('inspect', store, '--rows', '0-11', '--labelled', tmp_path / 'places.csv', '--out', tmp_path / 'report', '--no-progress')
+    report = json.loads((tmp_path / 'report' / 'inspect.json').read_text())
+    assert report['tiles'] == 12 and report['leakage'] is not None
+    assert '12 tiles' in call('inspect', store, '--rows', '0-11', '--no-progress')
+
+
+def test_card_and_verify_of_a_data_folder(tmp_path):
+    assert json.loads(call('card', 'MMEarth100k'))['name'] == 'MMEarth100k'
+    call('card', 'MMEarth100k', '--out', tmp_path / 'card.json')
+    assert json.loads((tmp_path / 'card.json').read_text())['name'] == 'MMEarth100k' and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / 'data_1M_v001_64').mkdir()
+    (tmp_path / 'data_1M_v001_64' / 'data_1M_v001_64_splits.json').write_text('{"train": [0')
+    assert 'data_1M_v001_64_splits.json' in call('verify', tmp_path, code=1)
+
+
+def test_fetch(tiny_store, tmp_path):
+    from test_remote import serve, url
+    source = Store(tiny_store)
+    server = serve(source.root)
+    said = call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress')
+    assert re.search(r': \d+ of 24 tiles, [\d.]+ of [\d.]+ MB in \d+ requests', said)
+    assert Store(tmp_path / 'x').tile_ids == [source.tile_ids[r] for r in source.query(level='l2a')]
+    server.shutdown()
+
+
+def test_thin_calls_pass_the_same_names(monkeypatch, tmp_path):
+    import mmearth.experiment, mmearth.manifest, mmearth.report
+    got = []
+    monkeypatch.setattr(mmearth.manifest, 'download', lambda *a, **k: got.append((a, k)) or [tmp_path / 'a'])
+    monkeypatch.setattr(mmearth.report, 'main', got.append)
+    monkeypatch.setattr(mmearth.experiment, 'main', got.append)
+    assert call('download', 'MMEarth64', '--root', tmp_path, '--mirrors', 'http://a,http://b', '--no-checksum', '--no-progress') == f'{tmp_path / "a"}\n'
+    call('run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '-q', '-f', 'x.yaml')
+    call('experiment', 'demo', '--jobs', 2, '--into', 'there')
+    assert got == [(('MMEarth64', tmp_path), dict(mirrors=['http://a', 'http://b'], progress=False, checksum=False)),
+                   ['run', 'pretrain', 'mine', '-p', 'epochs', '2', '-p', 'tasks', '["a=b"]', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
+
+
+@pytest.mark.parametrize('words, says', [
+    (['download', 'MMEarth65', '--root', 'here'], 'MMEarth65'), (['query', 'nowhere'], 'nowhere: no such folder'), (['show', 'nowhere', '3'], 'no such folder'),
+    (['pack', 'nowhere', 'there'], 'no such folder'), (['fetch', 'http://127.0.0.1:9/a.h5', 'there', '--rows', '1-x'], "'1-x' is no number"), (['run', 'no-such', 'x'], 'no-such.ipynb'),
+    (['run', 'pretrain', 'x', '-p', 'a'], 'KEY=VALUE'), (['run', 'pretrain', 'x', '-p', 'a=1'], "no parameter 'a'"), (['share', 'nowhere', 'there'], 'nowhere'), (['stats', 'nowhere'], 'no such folder')])
+def test_errors_are_one_line(words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call(*words, code=1)
+    assert says in said and said.count('\n') == 1 and 'Traceback' not in said
+    assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+def test_a_bug_is_one_line_too(monkeypatch, store):
+    import mmearth.pack
+    def broken(*a): raise ZeroDivisionError('two\nlines')
+    monkeypatch.setattr(mmearth.pack, 'open_tiles', broken)
+    assert call('query', store, code=1) == 'ZeroDivisionError: two lines\n'
+
+
+def test_mistakes_in_the_command_are_explained():
+    assert 'No such command' in call('downlaod', code=2)
+    assert 'Missing argument' in call('show', code=2)
+    assert call('split', '--help') and 'Usage' in CliRunner().invoke(app, []).output
+
+
+def test_words():
+    assert names(' a, b ,') == ['a', 'b'] and names(None) is None and names('') == []
+    assert numbers('0-2,7') == [0, 1, 2, 7] and numbers('-10,5.5', float) == [-10, 5.5]
+    assert conditions(None, '3,Tundra', None, None, None, None, None) == dict(biome=[3, 'Tundra'])
+    for bad in ('a', '1-', '1--2', '1.5'):
+        with pytest.raises(ValueError, match='no number'): numbers(bad)
+
+
+def test_a_real_process_and_ctrl_c(tiny_store, tmp_path):
+    source = Store(tiny_store)
+    run = lambda *words: subprocess.run([sys.executable, '-m', 'mmearth.cli', *map(str, words)], capture_output=True, text=True)
+    good, bad = run('query', tiny_store, '--level', 'l2a'), run('query', tmp_path / 'nowhere')
+    assert good.returncode == 0 and len(good.stdout.splitlines()) == 1 + len(source.query(level='l2a'))
+    assert bad.returncode == 1 and bad.stdout == '' and bad.stderr.count('\n') == 1 and bad.stderr.startswith('StoreError: ')
+    from test_remote import serve, url
+    server = serve(source.root)
+    server.mood = 'slow'
+    child = subprocess.Popen([sys.executable, '-m', 'mmearth.cli', 'fetch', url(server, source), str(tmp_path / 'x')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(server.served) < 30 and child.poll() is None: time.sleep(.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)
+    assert child.returncode != 0 and 'Traceback' not in said[1] and not (tmp_path / 'x').exists()
+    server.shutdown()
