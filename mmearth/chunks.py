@@ -101,6 +101,7 @@ def side_by_side(array:Array,
     elif array.bytes % mmap.PAGESIZE == 0 and os.name == 'posix': whole = np.asarray(_Range(files, array.bytes))
     elif array.bytes * len(files) <= memory: whole = np.concatenate([np.fromfile(f, np.uint8) for f in files])
     else: return None
+    whole.flags.writeable = False
     return whole.view(array.dtype).reshape(shape)[:array.shape[0]]
 
 def take(array:Array, whole:np.ndarray|None, rows:np.ndarray)->np.ndarray:
