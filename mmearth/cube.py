@@ -56,7 +56,10 @@ class Georeference(NamedTuple):
 
 def georeference(tiles:TileSet, row:int)->Georeference:
     "Coordinate system and affine transform of a tile; None and a reason where they cannot be known."
-    crs, lat, lon = (tiles.tiles.at[row, k] for k in ('crs', 'lat', 'lon'))
+    return _georeference(tiles, row, *(tiles.tiles.at[row, k] for k in ('crs', 'lat', 'lon')))
+
+def _georeference(tiles:TileSet, row:int, crs:str, lat:float, lon:float)->Georeference:
+    "The same from facts at hand."
     if not isinstance(crs, str) or not crs: return Georeference(None, None, 'none: the tile information has no CRS')
     if not np.isfinite([lat, lon]).all(): return Georeference(None, None, 'none: the tile information has no place')
     try:
@@ -187,7 +190,8 @@ def _many(tiles:TileSet, rows:np.ndarray, names:list[str], chunks:int|None)->xr.
     if chunks: arrays = {n: _lazy(tiles, rows, n, chunks) for n in names}
     else: arrays = {n: _variable(modality(n), tiles.bands(n), x) for n, x in tiles.read(rows, names).items()}
     ds = _dataset(tiles, arrays, ('sample',)).assign_coords({k: ('sample', x, a) for k, (x, a) in _facts(tiles, rows).items()})
-    where = [georeference(tiles, int(r)) for r in rows]
+    told = tiles.tiles.iloc[rows]
+    where = [_georeference(tiles, r, *p) for r, *p in zip(rows, told.crs, told.lat, told.lon)]
     nowhere = np.full(tiles.size, np.nan)
     x, y = (np.reshape([_axes(g.transform, tiles.size)[k] if g.crs else nowhere for g in where], (len(rows), tiles.size)) for k in (0, 1))
     attrs = dict(units='m', long_name='of the pixel centres, in the CRS of the sample')
