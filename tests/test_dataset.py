@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mmearth.dataset import ALIASES, SHIFTED, MMEarth, Scale, Store, StoreError, as_torchgeo, band_names, decode, random_crop, shifted
+from mmearth.dataset import ALIASES, MMEarth, Scale, Store, StoreError, as_torchgeo, band_names, decode, random_crop
+from mmearth.errata import SHIFTED, shifted
 from mmearth.modalities import S2_BANDS, S2_MASKS, TASKS, modality, valid
 from mmearth.statistics import statistics
 from mmearth.synthetic import write_store

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmearth.inspect import ERRATA, errata, inspect, overlaps, sound_rows, write_report
+from mmearth.errata import ERRATA
+from mmearth.inspect import errata, inspect, overlaps, sound_rows, write_report
 from mmearth.modalities import modality
 from mmearth.store import Store
 from mmearth.synthetic import write_store
