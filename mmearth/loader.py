@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -183,18 +183,15 @@ class Loader:
                  ahead:bool=False, # tell the system what will be read: for packs larger than memory
                 ):
         if batch < 1 or not 0 <= rank < world: raise ValueError(f'Loader: batch={batch}, rank={rank}, world={world}: a batch of at least one, and a rank below world, are needed')
-        self.source, self.size, self.seed, self.rank, self.world = source, batch, seed, rank, world
+        self.source, self.size, self.world = source, batch, world
         self.rows, self.modalities = choose_rows(source, rows), list(source.modalities if modalities is None else modalities)
         self.gather = Gather(source, self.rows, self.modalities, memory, ahead)
         slots = [Slot(self.gather.like, batch, pin) for _ in range(threads + 2 if threads else 1)]
-        self.line = Ahead(lambda step, slot: self.gather.fill(self.picks(step), slot), slots, threads)
+        self.picks = partial(shard, seed, len(self.rows), batch=batch, rank=rank, world=world)  # step -> places in `rows`
+        self.line = Ahead(lambda step, slot, gather=self.gather, picks=self.picks: gather.fill(picks(step), slot), slots, threads)  # no cycle: threads end with the loader
 
     def __len__(self)->int: # whole steps of an epoch
         return len(self.rows) // (self.size * self.world)
-
-    def picks(self, step:int)->np.ndarray:
-        "Places in `rows` of the samples of a step."
-        return shard(self.seed, len(self.rows), step, self.size, self.rank, self.world)
 
     def batch(self, step:int # from 0, counted through all epochs
              )->Batch:

@@ -271,7 +271,8 @@ class Pack(TileSet):
         "Raw arrays of the given rows."
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f'{self.root}: rows {rows.min()} to {rows.max()} asked for, it has {len(self)}')
-        return {n: take(self.arrays[n], self.mapped(n), rows) for n in (self.modalities if modalities is None else modalities)}
+        names = self.modalities if modalities is None else [n for n in modalities if self.bands(n)]
+        return {n: take(self.arrays[n], self.mapped(n), rows) for n in names}
 
     def __getstate__(self)->dict: return dict(root=self.root)
 
