@@ -335,30 +335,30 @@ def _told(x:np.ndarray, holes:np.ndarray, m)->float|None: # share
 
 def _written(x)->str:
     "Type and shape in words."
-    return 'not given' if x is None else f'{str(x.dtype).replace("torch.", "")} {tuple(x.shape)}'
+    if x is None: return 'not given'
+    return f'{str(x.dtype).replace("torch.", "")} {tuple(x.shape)}' if hasattr(x, 'dtype') else f'{type(x).__name__} {x:.4g}'
 
 def returned(name:str, # modality
              raw:np.ndarray, # as stored, (C, ...)
              ours:torch.Tensor, # what our class gives
              valid_ours:torch.Tensor, # and its validity
-             theirs:torch.Tensor|None, # what the other class gives, None where it gives nothing
+             theirs:torch.Tensor|float|None, # what the other class gives, None where it gives nothing
             )->dict: # a row of the table
     "Compares what two classes make of one modality of one tile."
     m = modality(name)
     shown = slice(None) if m.onehot else [m.bands.index(b) for b in m.train_bands]
     holes = ~valid(m, raw)[shown][:1] if m.onehot else ~valid(m, raw)[shown]
-    lost = m.onehot and theirs is not None and theirs.numel() < m.columns
-    share = None if theirs is None or lost else _told(theirs.numpy() if len(theirs) == len(holes) else theirs.numpy()[shown], holes, m)
+    lost = m.onehot and torch.is_tensor(theirs) and theirs.numel() < m.columns
+    share = None if not torch.is_tensor(theirs) or lost else _told(theirs.numpy() if len(theirs) == len(holes) else theirs.numpy()[shown], holes, m)
     here = float(1 - valid_ours.numpy().reshape(holes.shape)[holes].mean()) if holes.any() else None
     note = f'{theirs.numel()} of {m.columns} columns: the class is lost' if lost else ''
     return dict(modality=name, stored=_written(raw), ours=_written(ours), torchgeo=_written(theirs), holes=int(holes.sum()), told_by_ours=here, told_by_torchgeo=share, note=note)
 
 # %% ../nbs/08b_peers.ipynb #what-each-returns
-def _theirs(sample:dict, name:str)->torch.Tensor|None:
+def _theirs(sample:dict, name:str)->torch.Tensor|float|None:
     "A modality in a sample of torchgeo's class."
     if name == 'sentinel1': return torch.cat([sample['image_sentinel1_asc'], sample['image_sentinel1_desc']])
-    found = next((sample[k] for k in (f'image_{name}', f'mask_{name}', name) if k in sample), None)
-    return found if torch.is_tensor(found) else None
+    return next((sample[k] for k in (f'image_{name}', f'mask_{name}', name) if k in sample), None)
 
 def what_each_returns(store:Store,
                       place:int=0, # of the tile in the split `train`
