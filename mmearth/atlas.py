@@ -59,18 +59,18 @@ _INFERNO = ListedColormap(colormaps['inferno'](np.linspace(0, 0.9, 256)))
 
 def density(tiles:pd.DataFrame, # columns lat and lon, degrees
             outline=None, # see `mmearth.splits.map_axes`
-            step:float=1., # degrees, side of a cell
+            step:float=0, # degrees, side of a cell; 0: one degree, or three where fewer than 20,000 tiles lie all over the globe
             report:dict|None=None, # for the line of origin
            ): # matplotlib figure
     "Number of tiles in every cell of the globe."
     placed = tiles[['lat', 'lon']].dropna()
     if placed.empty: raise ValueError(f'none of {len(tiles)} tiles has a latitude and a longitude')
+    regional = np.ptp(placed.lon) <= 120
+    step = step or (1 if regional or len(placed) >= 20_000 else 3)
     x, y = np.arange(-180, 180 + step / 2, step), np.arange(-90, 90 + step / 2, step)
     counts = np.histogram2d((placed.lon + 180) % 360 - 180, placed.lat, (x, y))[0].T
-    south = -60 if placed.lat.min() > -58 else -90
-    fig, (ax,) = _figure(report, high=0.8 + 6.3 * (85 - south) / 360)
-    map_axes(ax, [-89, 89], [-180, 180], outline)
-    ax.set_ylim(south, 85 if placed.lat.max() < 83 else 90)
+    fig, (ax,) = _figure(report)
+    fig.set_size_inches(8, min(6.3 * map_axes(ax, placed.lat, placed.lon, outline), 5) + 0.65)
     top = max(3, np.ceil(np.quantile(counts[counts > 0], .995)))
     drawn = ax.pcolormesh(x, y, np.where(counts > 0, counts, np.nan), cmap=_INFERNO, norm=Normalize(0, top), rasterized=True)
     bar = fig.colorbar(drawn, ax=ax, fraction=0.025, pad=0.015, shrink=0.82, extend='max' if counts.max() > top else 'neither')
@@ -102,7 +102,12 @@ def months(report:dict, # of `mmearth.inspect.inspect`
     "Tiles in every month."
     table = _month_table(report)
     total, at = table.sum(axis=1), np.arange(len(table))
-    fig, (ax,) = _figure(report, high=2.9)
+    fig, (ax,) = _figure(report, high=2.9 if total.any() else 1.2)
+    undated = report['tiles'] - int(total.sum())
+    if undated: ax.annotate(f'{undated:,} tiles without a date', (0, 1.03), xycoords='axes fraction', fontsize=7.5, color='#707070')
+    if not total.any():
+        _empty(ax)
+        return fig
     if by_level:
         ax.bar(at, table.l1c, 0.86, color=LEVEL_COLOURS['l1c'], label='L1C')
         ax.bar(at, table.l2a, 0.86, bottom=table.l1c, color=LEVEL_COLOURS['l2a'], label='L2A')
@@ -118,8 +123,6 @@ def months(report:dict, # of `mmearth.inspect.inspect`
     ax.set_xlabel('Date in months', fontsize=8.5)
     _counted(ax)
     ax.legend(ncol=5, frameon=False, fontsize=7.5, loc='lower right', bbox_to_anchor=(1, 0.99), borderaxespad=0, handlelength=1.2, columnspacing=1.2)
-    undated = report['tiles'] - int(total.sum())
-    if undated: ax.annotate(f'{undated:,} tiles without a date', (0, 1.03), xycoords='axes fraction', fontsize=7.5, color='#707070')
     return fig
 
 # %% ../nbs/07a_atlas.ipynb #levels
@@ -211,9 +214,9 @@ def _histogram(ax, report:dict, key:str, colour:str, scale:float=1., shift:float
 def climate(report:dict, # of `mmearth.inspect.inspect`
            ): # matplotlib figure
     "ERA5 temperature and precipitation of the month of each tile."
-    _part(report, 'histograms')
-    fig, (left, right) = _figure(report, 2, 2.6)
     mean, rain, others = 'era5/curr_month_temperature_avg', 'era5/curr_month_precipitation', dict(min=('coldest', '#2B6CA3'), max=('warmest', '#7a1f18'))
+    measured = any(sum(_part(report, 'histograms').get(k, {}).get('counts', ())) for k in (mean, rain))
+    fig, (left, right) = _figure(report, 2, 2.6 if measured else 1.4)
     celsius = dict(shift=-273.15, merge=_merge(report, mean, *(mean.replace('avg', k) for k in others)))
     if _histogram(left, report, mean, '#C8443C', label='mean', **celsius):
         limits = [left.get_xlim()]

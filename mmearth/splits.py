@@ -233,7 +233,7 @@ def write_split(store, # anything with `root`, `stem` and `tiles` (columns lat, 
 def map_axes(ax, # matplotlib axes
              lat, lon, # degrees of what will be drawn
              outline=None, # rings of `read_outline`, or a bool map (rows, columns) of the globe with north up
-            )->None:
+            )->float: # height of the map in widths
     "An equirectangular map that frames the places, the whole globe where they span it; land behind it."
     lat, lon = np.asarray(lat, float), np.asarray(lon, float)
     (south, north), (west, east) = ((np.nanmin(x), np.nanmax(x)) if np.isfinite(x).any() else (-90., 90.) for x in (lat, lon))
@@ -249,6 +249,7 @@ def map_axes(ax, # matplotlib axes
     for spine in ax.spines.values(): spine.set(color='#b0b0b0', lw=0.6)
     if isinstance(outline, np.ndarray): ax.imshow(np.where(outline[..., None], [0.92, 0.91, 0.89, 1], [0, 0, 0, 0]), extent=(-180, 180, -90, 90), interpolation='nearest', aspect=ax.get_aspect(), zorder=0)
     elif outline: ax.add_collection(PolyCollection(outline, facecolors='#ebe9e4', edgecolors='#bdb9ae', linewidths=0.3 if len(outline) < 1500 else 0.15, zorder=0), autolim=False)
+    return np.ptp(ax.get_ylim()) / np.ptp(ax.get_xlim()) * ax.get_aspect()
 
 # %% ../nbs/02b_splits.ipynb #split-map
 PART_COLOURS = dict(train='#8fa6b8', val='#e8a33d', test='#c0392b', buffer='#1f1f1f', test_image='#2f6fb0', test_region='#c0392b')
@@ -260,13 +261,12 @@ def split_map(lat, lon, # degrees
     "Where the tiles of each part lie."
     lat, lon, names = np.asarray(lat, float), np.asarray(lon, float), np.asarray(names)
     fig, ax = plt.subplots(figsize=(8, 4), layout='constrained')
-    map_axes(ax, lat, lon, outline)
-    fig.set_size_inches(8, np.clip(7.4 * np.ptp(ax.get_ylim()) / np.ptp(ax.get_xlim()) * ax.get_aspect(), 2, 7) + 0.75)
+    fig.set_size_inches(8, np.clip(7.4 * map_axes(ax, lat, lon, outline), 2, 5) + 0.6)
     counts, free = split_counts(names).loc['all'], iter(('#3e8e41', '#6c5b9e', '#2a9d8f', '#8a5a2b') * len(names))
     for i, (part, n) in enumerate(counts.items()):
         mine, colour = names == part, PART_COLOURS.get(part) or next(free)
         side = float(np.clip(260 / np.sqrt(len(names)), 0.6, 5)) * (0.8 if part == 'buffer' else 1)
         ax.plot(lon[mine], lat[mine], 'o', ms=side, color=colour, mew=0, zorder=2 + i)
         ax.plot([], [], 'o', ms=6, color=colour, mew=0, label=f'{part}  {n:,}  ({n / len(names):.1%})')
-    ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.06), ncol=min(len(counts), 4), frameon=False, fontsize=8.5, handletextpad=0.2, columnspacing=2)
+    fig.legend(loc='outside lower center', ncol=min(len(counts), 4), frameon=False, fontsize=8.5, handletextpad=0.2, columnspacing=2)
     return fig

@@ -46,6 +46,8 @@ def test_density():
     drawn = fig.axes[0].collections[0].get_array()
     assert drawn.sum() == 540 and drawn.max() >= 40 and drawn.mask.any()
     assert fig.axes[0].get_ylim() == (-60, 85) and atlas.density(tiles.assign(lat=-89.9)).axes[0].get_ylim()[0] == -90
+    europe = atlas.density(tiles.assign(lat=50., lon=tiles.lon / 20)).axes[0]
+    assert -25 < europe.get_xlim()[0] < -9
     with pytest.raises(ValueError, match='none of 1 tiles'): atlas.density(tiles.iloc[500:501].assign(lat=np.nan))
 
 
@@ -63,8 +65,8 @@ def test_months_of_other_years(report):
     other = dict(report, tiles=9, months={'2015-12': dict(l1c=2, l2a=0), '2021-01': dict(l1c=0, l2a=3)})
     fig = atlas.months(other)
     assert len(fig.axes[0].patches) == 7 * 12 and any('4 tiles without a date' in t.get_text() for t in fig.axes[0].texts)
-    none = atlas.months(dict(report, tiles=5, months={}), quoted=atlas.paper_months())
-    assert sum(p.get_height() for p in none.axes[0].patches) == 0
+    none = atlas.months(dict(report, tiles=5, months={}), quoted=atlas.paper_months()).axes[0]
+    assert not none.patches and {t.get_text() for t in none.texts} == {'no data', '5 tiles without a date'}
 
 
 def test_paper_months_are_as_quoted():

@@ -246,7 +246,7 @@ def test_map(tmp_path):
     lat, lon = globe(300)
     fig = split_map(lat, lon, block_split(lat, lon), outline=[np.array([[0, 0], [0, 20], [30, 20], [0, 0.]])])
     fig.savefig(tmp_path / 'map.png')
-    assert [t.get_text().split()[0] for t in fig.axes[0].get_legend().get_texts()][:3] == ['train', 'val', 'test'] and fig.axes[0].get_xlim() == (-180, 180)
+    assert [t.get_text().split()[0] for t in fig.legends[0].get_texts()][:3] == ['train', 'val', 'test'] and fig.axes[0].get_xlim() == (-180, 180)
     small = split_map([40, 41, np.nan], [9, 12, 3], ['train', 'test_region', 'own'], outline=np.ones((18, 36), bool))
     assert small.axes[0].get_xlim()[0] < 3 and small.axes[0].get_xlim()[1] < 20
     plt.close('all')
