@@ -258,17 +258,18 @@ def download(what:str, # dataset, folder or file of the manifest: 'MMEarth100k',
     chosen = manifest.select(what)
     registry = pooch.Pooch(path=root, base_url='', registry={f.path: None for f in chosen}, urls={f.path: f.urls[0] for f in chosen})
     for file in chosen:
-        path = root / file.path
+        path, fresh = root / file.path, False
         lock = path.with_name(f'.{path.name}.lock')
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
-                if path.exists():
-                    recorded = read_hashes(root)
-                    if wrong := fault(file, root, recorded, checksum, progress): raise DownloadError(path, wrong, 'move it away to fetch it again')
-                    if checksum and not file.sha256 and file.path not in recorded: record_hash(root, file.path, path.stat().st_size, sha256(path, progress))
-                else: registry.fetch(file.path, downloader=Resume(file, root, mirrors, progress, checksum, retries=retries, wait=wait, timeout=timeout))
-                lock.unlink(missing_ok=True)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(lock):
+                    if fresh := not path.exists(): registry.fetch(file.path, downloader=Resume(file, root, mirrors, progress, checksum, retries=retries, wait=wait, timeout=timeout))
+                    lock.unlink(missing_ok=True)
+            if fresh: continue
+            recorded = read_hashes(root)
+            if wrong := fault(file, root, recorded, checksum, progress): raise DownloadError(path, wrong, 'move it away to fetch it again')
+            if checksum and not file.sha256 and file.path not in recorded and os.access(root, os.W_OK): record_hash(root, file.path, path.stat().st_size, sha256(path, progress))
         except OSError as e:
             remedy = 'free some space, then call again: what has come is kept' if e.errno == errno.ENOSPC else 'choose another root, or mend its permissions'
             raise DownloadError(path, f'cannot be written ({e.strerror or e})', remedy) from e

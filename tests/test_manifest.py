@@ -32,21 +32,25 @@ QUICK = dict(progress=False, wait=0)
 # ---- a server that does what bad servers do ----
 
 class Server(ThreadingHTTPServer):
-    "Serves `files`; each request takes the next item of `plan`, and `log` keeps (name, status, first byte, bytes of body sent)."
+    "Serves `files`; each request takes the next item of `plan`, and `log` tells (name, status, first byte, bytes of body sent)."
     daemon_threads = True
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Answer)
-        self.files, self.plan, self.log, self.etag, self.lock, self.asked = {}, [], [], '"one"', threading.Lock(), 0
+        self.files, self.plan, self.ended, self.etag, self.lock, self.asked = {}, [], [], '"one"', threading.Lock(), 0
         threading.Thread(target=self.serve_forever, args=(.01,), daemon=True).start()
 
     @property
     def address(self): return f'http://127.0.0.1:{self.server_port}'
 
-    def forget(self):
-        "Empties the log when every request has ended; a server learns late that nobody listens."
+    @property
+    def log(self):
+        "What was sent, once every request has ended; a server learns late that nobody listens."
         deadline = time.time() + 20
-        while len(self.log) < self.asked and time.time() < deadline: time.sleep(.005)
+        while len(self.ended) < self.asked and time.time() < deadline: time.sleep(.005)
+        return self.ended
+
+    def forget(self):
         self.log.clear()
         self.asked = 0
 
@@ -64,13 +68,16 @@ class Answer(BaseHTTPRequestHandler):
         if todo.get('page'): return self.say(name, 200, b'<html>sorry</html>', {'Content-Type': todo['page']})
         if name not in s.files: return self.say(name, 404, b'', {})
         body, etag = todo.get('body', s.files[name]), todo.get('etag', s.etag)
+        if todo.get('flip'): body = body[:todo['flip']] + bytes([body[todo['flip']] ^ 1]) + body[todo['flip'] + 1:]
         asked = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
         if asked and 'If-Range' in self.headers and self.headers['If-Range'] != etag: asked = None
         if asked and int(asked[1]) >= len(body): return self.say(name, 416, b'', {})
         start = int(asked[1]) if asked and not todo.get('ignore_range') else 0
+        if todo.get('portion') and start: body, size = body[:start + todo['portion']], len(body)
+        else: size = len(body)
         headers = {'Content-Type': 'application/octet-stream', 'Content-Length': len(body) - start + todo.get('lie', 0)} | todo.get('headers', {})
         if etag: headers['ETag'] = etag
-        if asked and not todo.get('ignore_range'): headers['Content-Range'] = todo.get('span') or f'bytes {start}-{len(body) - 1}/{len(body)}'
+        if asked and not todo.get('ignore_range'): headers['Content-Range'] = todo.get('span') or f'bytes {start}-{len(body) - 1}/{size}'
         self.say(name, 206 if 'Content-Range' in headers else 200, body[start:start + todo.get('cut', len(body))], headers, start, todo.get('pause', 0))
 
     def say(self, name, status, body, headers, start=0, pause=0):
@@ -85,7 +92,7 @@ class Answer(BaseHTTPRequestHandler):
                 sent += len(body[i:i + (1 << 15)])
                 time.sleep(pause)
         except OSError: pass
-        with self.server.lock: self.server.log.append((name, status, start, sent))
+        with self.server.lock: self.server.ended.append((name, status, start, sent))
         self.close_connection = True
 
     def log_message(self, *args): pass
@@ -173,6 +180,8 @@ def test_a_damaged_table_is_named(tables, damage):
 def test_a_missing_table_and_a_spreadsheets_mark(tables):
     for table in tables.glob('*.csv'): table.write_bytes(b'\xef\xbb\xbf' + table.read_bytes().replace(b'\n', b'\r\n'))  # what spreadsheets write
     assert read_manifest(tables) == read_manifest()
+    (tables / 'urls.csv').write_bytes((manifest_folder() / 'urls.csv').read_bytes() + (manifest_folder() / 'urls.csv').read_bytes().splitlines(True)[-1])
+    with pytest.raises(ManifestError, match='given twice'): read_manifest(tables)
     (tables / 'urls.csv').unlink()
     with pytest.raises(ManifestError, match='urls.csv'): read_manifest(tables)
 
@@ -257,6 +266,18 @@ def test_a_file_that_changes_between_two_attempts_is_not_glued(server, data, tmp
     assert path.read_bytes() == new
 
 
+def test_ranges_sent_in_portions_make_a_whole(server, data, tmp_path):
+    begun(server, data, tmp_path)
+    server.plan = [dict(portion=200_000)] * 3
+    assert download('thing', tmp_path, listed(f'{server.address}/file.bin'), **QUICK)[0].read_bytes() == data
+    assert [r[1] for r in server.log] == [206] * 4
+
+
+def test_the_bar_shows_rate_and_time_left(server, data, tmp_path, capsys):
+    download('thing', tmp_path, listed(f'{server.address}/file.bin'), progress=True)
+    assert re.search(r'file\.bin: 100%.* 1\.20M/1\.20M \[\d\d:\d\d<\d\d:\d\d, .*B/s\]', capsys.readouterr().err)
+
+
 def test_a_short_apology_does_not_cost_what_has_come(server, data, tmp_path):
     part = begun(server, data, tmp_path)
     size = part.stat().st_size
@@ -293,6 +314,7 @@ def test_a_wrong_range_is_not_written(server, data, tmp_path):
     (dict(lie=-500_000), dict(bytes=1_200_000), '700,000 bytes there, 1,200,000 expected'),
     (dict(lie=-500_000), dict(sha256='hash of the data'), 'in the manifest'),  # promises less than it has
     (dict(body=b'wrong' * 240_000), dict(sha256='hash of the data'), 'in the manifest'),
+    (dict(flip=600_000), dict(sha256='hash of the data'), 'in the manifest'),  # one bit, far from any seam
     (dict(page='text/html; charset=utf-8'), {}, 'an HTML page'), (dict(page='text/plain'), {}, 'an HTML page'),
     (dict(body=b''), {}, 'empty'), (dict(status=404), {}, 'HTTP 404'), (dict(status=410), {}, 'HTTP 410'), (dict(status=500), {}, 'HTTP 500'),
     (dict(headers={'Content-Encoding': 'gzip'}), {}, 'sent as gzip')])
@@ -426,6 +448,25 @@ def test_a_folder_that_cannot_be_written_is_named(server, data, tmp_path, monkey
     def denied(*args, **kwargs): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     monkeypatch.setattr(Part, 'restart', denied)
     with pytest.raises(DownloadError, match='Permission denied'): download('thing', tmp_path, listed(f'{server.address}/file.bin'), **QUICK)
+
+
+def test_a_folder_that_holds_everything_may_be_read_only(server, data, tmp_path, monkeypatch):
+    manifest = listed(f'{server.address}/file.bin')
+    path, = download('thing', tmp_path, manifest, **QUICK)
+    def denied(*args, **kwargs): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr('mmearth.manifest.FileLock', denied)
+    monkeypatch.setattr('mmearth.manifest.os.access', lambda *args: False)
+    assert download('thing', tmp_path, manifest, **QUICK) == [path]
+    (tmp_path / 'hashes.csv').unlink()
+    assert download('thing', tmp_path, manifest, **QUICK) == [path] and len(server.log) == 1
+
+
+def test_a_file_that_came_another_way_is_recorded(server, data, tmp_path):
+    (tmp_path / 'file.bin').write_bytes(data)
+    download('thing', tmp_path, listed('http://never'), **QUICK)
+    assert read_hashes(tmp_path)['file.bin']['sha256'] == hashed(data)
+    (tmp_path / 'file.bin').write_bytes(data[::-1])
+    with pytest.raises(DownloadError, match='move it away'): download('thing', tmp_path, listed('http://never'), **QUICK)
 
 
 def test_a_note_that_is_no_note_starts_anew(server, data, tmp_path):
