@@ -325,9 +325,8 @@ def _download(url:str, path:Path, counts:dict, **how)->Path:
     source, tmp = Ranges(url, **how), path.with_suffix('.tmp')
     with tmp.open('wb') as out:
         for data in source.many((a, a + (4 << 20)) for a in range(0, source.size, 4 << 20)): out.write(data)
-    counts['bytes'] += source.bytes
-    counts['requests'] += source.requests
     source.session.close()
+    for k in counts: counts[k] += getattr(source, k)
     return tmp.rename(path)
 
 def _side_files(part:Path, out:Path, stem:str, rows:np.ndarray, tiles):

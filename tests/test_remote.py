@@ -136,14 +136,14 @@ def test_by_folder_tile_ids_and_query(server, source, tmp_path):
     with pytest.raises(ValueError, match='loosen the query'): fetch(url(server, source), tmp_path / 'c', query=dict(box=(0, 89.9, .01, 90)), progress=False)
 
 
-@pytest.mark.parametrize('layout', ['contiguous', 'many rows a chunk', 'shuffled', 'half chunks', 'rows never written', 'ids in another order'])
+@pytest.mark.parametrize('layout', ['contiguous', 'many rows a chunk', 'shuffled', 'half chunks', 'rows never written', 'ids in another order', 'newest format'])
 def test_any_layout(source, tmp_path, layout):
     root = tmp_path / 'shelf'
     root.mkdir()
     for p in source.paths.values():
         if p.suffix != '.h5': (root / p.name).write_bytes(p.read_bytes())
     how = {'contiguous': {}, 'many rows a chunk': dict(rows=7, compression='gzip'), 'shuffled': dict(rows=1, compression='gzip', shuffle=True, fletcher32=True)}
-    with h5py.File(root / source.path.name, 'w') as f:
+    with h5py.File(root / source.path.name, 'w', libver='latest' if layout == 'newest format' else None) as f:
         for k, ds in source.file.items():
             kind = dict(how.get(layout, dict(rows=1, compression='gzip')))
             if 'rows' in kind: kind['chunks'] = (kind.pop('rows'), *ds.shape[1:])
