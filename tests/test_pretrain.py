@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmearth.modalities import TASKS, modality
+from mmearth.pack import Pack, pack
 from mmearth.pretrain import Diverged, Trainer, checkpoints, latest, pretrain
 from mmearth.recipe import Recipe, RecipeError, save_recipe
 from mmearth.store import Store
@@ -166,3 +167,11 @@ def test_accumulation_is_one_larger_batch_seen_in_parts(tiny_store, tmp_path):
     whole = Trainer(dataclasses.replace(SMALL, batch=8), Store(tiny_store), tmp_path / 'b')
     assert np.concatenate(seen).tolist() == whole.feed.batch(0)[2].tolist()
     assert parts.total == whole.total
+
+
+def test_a_pack_trains_to_the_same_bits_as_its_store(tiny_store, tmp_path):
+    recipe = dataclasses.replace(SMALL, epochs=1)
+    store = Store(tiny_store)
+    packed = Pack(pack(store, tmp_path / 'pack', split='train', samples=7))
+    a, b = (pretrain(recipe, source, tmp_path / name, progress=False) for source, name in ((store, 'a'), (packed, 'b')))
+    assert same(weights(a.checkpoint), weights(b.checkpoint))
