@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mmearth.fuzz._read_tables': ('fuzz.html#_read_tables', 'mmearth/fuzz.py'),
                               'mmearth.fuzz._serve': ('fuzz.html#_serve', 'mmearth/fuzz.py'),
                               'mmearth.fuzz._span': ('fuzz.html#_span', 'mmearth/fuzz.py'),
+                              'mmearth.fuzz._text': ('fuzz.html#_text', 'mmearth/fuzz.py'),
                               'mmearth.fuzz._told': ('fuzz.html#_told', 'mmearth/fuzz.py'),
                               'mmearth.fuzz._walk': ('fuzz.html#_walk', 'mmearth/fuzz.py'),
                               'mmearth.fuzz.attempt': ('fuzz.html#attempt', 'mmearth/fuzz.py'),

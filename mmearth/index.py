@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def _checked_record(key:str, record, path)->dict:
     if not isinstance(record, dict): raise StoreError(path, key, f'a JSON {type(record).__name__}, a record expected', 'download it again')
     found = {k: record.get(k) for k in _KINDS}
     named = {f'BANDS.{s}': v for s, v in (found['BANDS'] if isinstance(found['BANDS'], dict) else {}).items() if s in SOURCES and v is not None}
-    wrong = [k for k, v in found.items() if v is not None and (not isinstance(v, _KINDS[k]) or (isinstance(v, bool) and k != 'NO_DATA'))]
+    wrong = [k for k, v in found.items() if v is not None and (not isinstance(v, _KINDS[k]) or (isinstance(v, bool) and k != 'NO_DATA') or (isinstance(v, int) and abs(v) >= 1 << 31))]
     wrong += [k for k, v in named.items() if not isinstance(v, list) or any(not isinstance(b, str) for b in v)]
     if wrong: raise StoreError(path, key, f'{wrong[0]} is {({**found, **named})[wrong[0]]!r:.40}', 'correct the record, or download the file again')
     return {'#': key, **found}
@@ -123,7 +124,7 @@ def _columns(path, table:pa.Table, at:np.ndarray, until:np.ndarray)->pa.Table:
         sentinel2_bands=pc.binary_join(names['sentinel2'], ',').dictionary_encode(), at=at, until=until))
 
 # %% ../nbs/02a_index.ipynb #stream
-_WINDOW = 1 << 25  # bytes read at once
+_WINDOW = 1 << 23  # bytes read at once
 
 def _stream(path:Path, progress:bool)->pa.Table:
     "The columns of a whole file; a bar with rate and time left shows where that takes long."
@@ -164,6 +165,11 @@ def _cache_places(path:Path)->list[Path]:
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmearth'
     return [path.with_suffix('.parquet'), home / f'{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.parquet']
 
+def _frame(table:pa.Table)->pd.DataFrame:
+    "Columns in pandas; the levels in their order whichever occur, dates by the second."
+    frame = table.to_pandas(split_blocks=True)
+    return frame.assign(level=frame.level.cat.set_categories(LEVELS), date=frame.date.astype('datetime64[s]'))
+
 def _load(place:Path, mark:bytes)->pa.Table|None:
     "Columns that were kept, None unless they are whole and bear the mark."
     try:
@@ -180,8 +186,9 @@ def _save(table:pa.Table, place:Path)->bool:
         place.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, part, compression='zstd', write_page_checksum=True)
         part.replace(place)
-    except OSError: return False
-    finally: part.unlink(missing_ok=True)
+    except OSError:
+        with suppress(OSError): part.unlink()
+        return False
     return True
 
 # %% ../nbs/02a_index.ipynb #tiles
@@ -227,8 +234,7 @@ def read_tile_info(path, # `<stem>_tile_info.json`
     if table is None:
         table = _stream(path, progress).replace_schema_metadata({'mmearth': mark})
         any(_save(table, p) for p in places)
-    frame = table.drop_columns(['at', 'until']).to_pandas(split_blocks=True)
-    frame['level'], frame['date'] = frame.level.cat.set_categories(LEVELS), frame.date.astype('datetime64[s]')
+    frame = _frame(table.drop_columns(['at', 'until']))
     found = Tiles(path, frame, table['at'].to_numpy(), table['until'].to_numpy())
     pa.default_memory_pool().release_unused()
     return found
@@ -286,8 +292,9 @@ def write_geoparquet(frame:pd.DataFrame, path)->Path:
     "Writes a table of tiles as GeoParquet 1.0, points in OGC:CRS84."
     path = Path(path)
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    box = [float(f(frame[k])) if len(frame) else 0. for f in (np.nanmin, np.nanmax) for k in ('lon', 'lat')] if frame[['lat', 'lon']].notna().any(axis=None) else None
-    column = dict(encoding='WKB', geometry_types=['Point'], **(dict(bbox=box) if box else {}))
+    known = frame[['lon', 'lat']].dropna()
+    box = dict(bbox=[*known.min().tolist(), *known.max().tolist()]) if len(known) else {}
+    column = dict(encoding='WKB', geometry_types=['Point'], **box)
     geo = dict(version='1.0.0', primary_column='geometry', columns=dict(geometry=column))
     table = table.append_column('geometry', _points(frame)).replace_schema_metadata({**table.schema.metadata, b'geo': json.dumps(geo).encode()})
     pq.write_table(table, _beside(path), compression='zstd')
@@ -295,8 +302,8 @@ def write_geoparquet(frame:pd.DataFrame, path)->Path:
 
 def read_geoparquet(path)->pd.DataFrame:
     "The table that `write_geoparquet` wrote."
-    try: return pq.read_table(path).drop_columns(['geometry']).to_pandas().astype(dict(date='datetime64[s]'))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as e: raise StoreError(path, '', f'not readable as GeoParquet ({e})', 'write it again') from e
+    try: return _frame(pq.read_table(path).drop_columns(['geometry']))
+    except (OSError, ValueError, KeyError, AttributeError, pa.ArrowException) as e: raise StoreError(path, '', f'not readable as GeoParquet ({e})', 'write it again') from e
 
 def write_geojson(frame:pd.DataFrame, path)->Path:
     "Writes a table of tiles as GeoJSON, one feature a line; missing values are null."

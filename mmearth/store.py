@@ -90,6 +90,7 @@ def read_tiles(f:h5py.File, # the open file
               )->tuple[np.ndarray, np.ndarray]: # by row: place in `tiles`, 'l1c' or 'l2a'
     "Which tile every row is, and its processing level; both files must tell the same."
     name, fields = Path(f.filename).name, f['metadata'].dtype.names
+    if f['metadata'].dtype['tile_id'].kind != 'S': raise StoreError(f.filename, 'metadata', 'tile_id is not text of fixed length', 'download it again')
     ids = _text(f['metadata'].fields('tile_id')[:])
     at = pc.index_in(ids, value_set=pa.array(tiles.frame.tile_id, pa.large_string())).fill_null(-1).to_numpy()
     lost = np.flatnonzero(at < 0)
@@ -398,7 +399,7 @@ class Store(TileSet, Handle):
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         names = self.modalities if modalities is None else [n for n in modalities if self.bands(n)]
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f'{self.path}: rows {rows.min()} to {rows.max()} asked for, it has {len(self)}')
-        return {n: np.take(m, rows, 0) if (m := self.mapped(n)) is not None else read_rows(self.array(n)[0], rows, self.threads) for n in names}
+        return {n: np.take(np.asarray(m), rows, 0) if (m := self.mapped(n)) is not None else read_rows(self.array(n)[0], rows, self.threads) for n in names}
 
     @cached_property
     def fingerprint(self)->str: return fingerprint(self.paths)

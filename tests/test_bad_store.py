@@ -114,11 +114,17 @@ DAMAGE = {
     'level unknown': (lambda r: metadata(r, lambda m: put(m, 'S2_type', 2, 'l3')), 'h5', "row 2 has processing level 'l3'"),
     'tile twice': (lambda r: metadata(r, lambda m: put(m, 'tile_id', 2, '3')), 'h5', "tile '3' and 0 others appear more than once"),
     'tile id not text': (lambda r: metadata(r, lambda m: put(m, 'tile_id', 2, b'\xff\xfe')), 'tile_info', '1 tiles of'),
+    'facts twice': (lambda r: path(r, 'tile_info').write_text(path(r, 'tile_info').read_text()[:-1] + ', "3": {"S2_type": "l1c"}}'), 'tile_info', '3: this tile and 0 others have more than one record'),
+    'facts without level': (lambda r: edit(r, 'tile_info', lambda t: t['3'].pop('S2_type') and None), 'tile_info', '3: S2_type'),
+    'place beyond the pole': (lambda r: edit(r, 'tile_info', lambda t: t['3'].update(lat=95.)), 'tile_info', '3: lat is 95.0'),
+    'ids as numbers': (lambda r: metadata(r, lambda m: m.astype([('tile_id', 'i4'), ('S2_type', 'S10')])), 'h5', 'metadata: tile_id is not text'),
     'facts not an object': (lambda r: edit(r, 'tile_info', lambda t: t.update({'3': 'l1c'})), 'tile_info', '3'),
     'row too large': (lambda r: edit(r, 'splits', lambda s: s.update(val=[8], train=[])), 'splits', 'val: row 8 does not exist, the file has 8'),
     'row negative': (lambda r: edit(r, 'splits', lambda s: s.update(train=[-1])), 'splits', 'row -1 does not exist'),
     'row twice': (lambda r: edit(r, 'splits', lambda s: s.update(train=[1, 2, 1])), 'splits', 'row 1 is also in train'),
     'row in two splits': (lambda r: edit(r, 'splits', lambda s: s.update(train=[1, 2], test=[2])), 'splits', 'test: row 2 is also in train'),
+    'row beyond all numbers': (lambda r: edit(r, 'splits', lambda s: s.update(train=[10 ** 30])), 'splits', f'row {10 ** 30} does not exist'),
+    'row is true': (lambda r: edit(r, 'splits', lambda s: s.update(train=[True])), 'splits', 'not a list of row numbers'),
     'row not a number': (lambda r: edit(r, 'splits', lambda s: s.update(train=['1'])), 'splits', 'not a list of row numbers'),
     'row a fraction': (lambda r: edit(r, 'splits', lambda s: s.update(train=[1.5])), 'splits', 'not a list of row numbers'),
     'split not a list': (lambda r: edit(r, 'splits', lambda s: s.update(train=3)), 'splits', 'not a list of row numbers'),
@@ -195,3 +201,16 @@ def test_random_damage_is_refused_or_harmless(store, whole):
         try: read = Store(store).read(range(8))
         except StoreError: continue
         assert all(read[k].tobytes() == right[k].tobytes() for k in right), (kind, at)
+
+
+def test_saved_splits_are_checked_too(store):
+    s, saved = Store(store), store / f'{STEM}_splits_blocks.json'
+    with pytest.raises(StoreError, match='there are none'): s.rows('blocks/train')
+    saved.write_text(json.dumps(dict(train=[0, 5], val=[2], how=dict(seed=0))))
+    assert s.rows('blocks/train').tolist() == [0, 5] and s.rows('blocks/valid').tolist() == s.rows('blocks/validation').tolist() == [2]
+    for bad, words in ((dict(train=[8]), 'row 8 does not exist'), (dict(train=[1], val=[1]), 'row 1 is also in train'), ([1], 'an object expected'), (dict(train='all'), 'not a list')):
+        saved.write_text(json.dumps(bad))
+        with pytest.raises(StoreError, match=words) as caught: s.rows('blocks/train')
+        assert caught.value.path == str(saved)
+    saved.write_text('{"train": [0, 5')
+    with pytest.raises(StoreError, match='not readable as JSON'): s.rows('blocks/train')
