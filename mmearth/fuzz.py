@@ -284,20 +284,23 @@ def _lines(child:subprocess.Popen, timeout:float):
 def judged(name:str, pristine:Path, cases:range, timeout:float=60.):
     "Verdicts on cases, from as many processes as die of them."
     while cases:
-        child = subprocess.Popen([sys.executable, '-m', 'mmearth.fuzz', name, pristine, str(cases[0]), str(len(cases))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        ready, why = False, ''
-        try:
-            for line in _lines(child, timeout):
-                if line is None: why = f'no answer within {timeout:g} s'; break
-                case, *said = json.loads(line)
-                if not ready: ready = True; continue
-                yield [case, *said]
-                cases = cases[1:]
-        finally: child.kill()
-        child.wait()
-        if not ready: raise RuntimeError(f'{name}: the sound folder cannot be read: {child.stderr.read()[-500:]}')
+        with tempfile.TemporaryFile('w+') as errors:
+            command = [sys.executable, '-m', 'mmearth.fuzz', name, pristine, str(cases[0]), str(len(cases))]
+            child, ready, why = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True), False, ''
+            try:
+                for line in _lines(child, timeout):
+                    if line is None: why = f'no answer within {timeout:g} s'; break
+                    case, *said = json.loads(line)
+                    if not ready: ready = True; continue
+                    yield [case, *said]
+                    cases = cases[1:]
+            finally: child.kill()
+            child.wait()
+            errors.seek(0)
+            why = why or f'the process died with {child.returncode} {errors.read()[-200:]}'.strip()
+        if not ready: raise RuntimeError(f'{name}: the sound folder cannot be read: {why}')
         if cases:
-            yield [cases[0], '', 'crash', why or f'the process died with {child.returncode} {child.stderr.read()[-200:]}'.strip()]
+            yield [cases[0], '', 'crash', why]
             cases = cases[1:]
 
 # %% ../nbs/91_fuzz.ipynb #fuzz
