@@ -201,7 +201,9 @@ def verify_pack(root, # folder of a finished pack
     if not (root / 'hashes.json').is_file(): return [('hashes.json', 'missing')]
     parts = list(read_json(root / 'hashes.json').items())
     bad = [b for b in spread(partial(_judge, root), parts, workers, scheduler, desc='verify' if progress else None) if b]
-    return bad if 'zarr.json' in dict(parts) else [*bad, ('zarr.json', 'has no hash')]
+    there = ['zarr.json', *sorted(p.relative_to(root).as_posix() for p in root.glob('*/c.*'))]
+    known = dict(parts)
+    return [*bad, *((f, 'has no hash') for f in there if f not in known)]
 
 # %% ../nbs/08_pack.ipynb #read-about
 def checked(root:Path, name:str, hashes:dict[str, str])->Path:

@@ -180,6 +180,13 @@ def test_every_file_is_covered_by_verify_and_small_ones_by_opening(copy):
     assert verify_pack(copy) == []
 
 
+def test_a_file_without_a_hash_is_noticed(copy):
+    hashes = json.loads((copy / 'hashes.json').read_text())
+    del hashes['aster/c.1.0.0.0']
+    (copy / 'hashes.json').write_text(json.dumps(hashes))
+    assert verify_pack(copy) == [('aster/c.1.0.0.0', 'has no hash')]
+
+
 @pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"zarr.json": 3}', 'null'])
 def test_a_broken_ledger_is_refused(copy, text):
     (copy / 'hashes.json').write_text(text)
