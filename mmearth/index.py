@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow.json import ParseOptions, read_json as read_lines
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .modalities import BIOMES, ECOREGIONS
 

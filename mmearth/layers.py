@@ -185,11 +185,11 @@ def facts(tile:dict)->list[tuple[str, str]]: # (what, value)
     found |= {k.replace('_', ' '): f'{known[k]} {unit}' for k, unit in units.items() if k in known}
     return [(k, v) for k, v in found.items() if v]
 
-def draw_facts(ax, tile:dict, wide:int=44)->None: # `wide`: characters a value may have
+def draw_facts(ax, tile:dict, wide:int=40)->None: # `wide`: characters a value may have
     "The facts of a tile, a line for each."
     ax.set_axis_off()
     for k, (what, value) in enumerate(facts(tile)):
-        for x, text, colour in ((0, what, '#707070'), (60, textwrap.shorten(value, wide, placeholder=' ...'), '#000000')):
+        for x, text, colour in ((0, what, '#707070'), (76, textwrap.shorten(value, wide, placeholder=' ...'), '#000000')):
             ax.annotate(text, (0, 1), xycoords='axes fraction', xytext=(x, -10.5 * k), textcoords='offset points', fontsize=7, color=colour, va='top')
 
 # %% ../nbs/06d_layers.ipynb #climate

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/01a_spread.ipynb #connect
 def connect(stack:ExitStack, # closes what is opened here

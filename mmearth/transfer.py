@@ -18,7 +18,7 @@ from pathlib import Path
 
 import h5py
 import requests
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00a_transfer.ipynb #form
 def form(path, # of a file
