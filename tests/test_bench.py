@@ -80,7 +80,7 @@ def test_the_floor_copies_every_byte_of_its_region():
             seen[key] = True
             return np.asarray(self)[key]
     copy = bench.two_thread_copy(10, 100, source=np.arange(5000, dtype=np.uint8).view(Watched))
-    assert sum(copy() for _ in range(3)) == 3 * 400
+    assert sum(copy() for _ in range(3)) == 3 * 800
     assert seen.all()
 
 
