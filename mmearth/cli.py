@@ -162,20 +162,17 @@ def show(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as 
 
 # %% ../nbs/59_cli.ipynb #make-commands
 @app.command()
-def split(root:_Dir, name:Annotated[str, typer.Argument(help='of the split')]='blocks', stem:_Stem=None,
-          method:Annotated[str, typer.Option(help='blocks: by whole blocks of the globe; random: by chance')]='blocks',
+def split(root:_Dir, name:Annotated[str, typer.Argument(help='of the split; its kind by default', show_default=False)]='', stem:_Stem=None,
+          kind:Annotated[str, typer.Option(help='geographic: by whole blocks of the globe; random: by chance')]='geographic',
           fractions:Annotated[str, typer.Option(help='of train,val,test')]='0.8,0.1,0.1', seed:Annotated[int, typer.Option(help='another seed, another split')]=0,
           block:Annotated[float, typer.Option(help='side of a block, degrees')]=2., buffer:Annotated[float, typer.Option(help='km free of training tiles around the others')]=5.):
     "Divide tiles into train, val and test. Written beside the store; biomes are shared out evenly."
-    splitting, tiles = import_module('mmearth.splits'), _open(root, stem)
-    if method not in ('blocks', 'random'): raise ValueError(f'method {method!r}: blocks or random')
-    parts, t = dict(zip(('train', 'val', 'test'), numbers(fractions, float, 'train,val,test'), strict=True)), tiles.tiles
-    how = dict(method=method, fractions=parts, seed=seed) | (dict(block=block, buffer=buffer) if method == 'blocks' else {})
-    found = splitting.random_split(len(t), parts, seed, t.biome) if method == 'random' else splitting.block_split(t.lat, t.lon, t.biome, parts, block, buffer, seed)
-    typer.echo(splitting.save_splits(tiles.root, tiles.stem, name, found, how))
+    shares = numbers(fractions, float, 'train,val,test')
+    if len(shares) != 3: raise ValueError(f'fractions {fractions!r}: give three, as in 0.8,0.1,0.1')
+    typer.echo(import_module('mmearth.splits').write_split(_open(root, stem), kind, name, dict(zip(('train', 'val', 'test'), shares)), block, buffer, seed))
 
 @app.command()
-def stats(root:_Dir, stem:_Stem=None, name:Annotated[str, typer.Option(help='<stem>_band_stats_<name>.json')]='measured', rows:_Rows=None, split:Annotated[str, typer.Option(help='rows of a split instead, as in train or blocks/train', show_default=False)]=None,
+def stats(root:_Dir, stem:_Stem=None, name:Annotated[str, typer.Option(help='<stem>_band_stats_<name>.json')]='measured', rows:_Rows=None, split:Annotated[str, typer.Option(help='rows of a split instead, as in train or geographic/train', show_default=False)]=None,
           modalities:_Modalities=None, convention:Annotated[str, typer.Option(help='valid, or reference: as the published script does it')]='valid', workers:_Workers=0, scheduler:_Scheduler=None, progress:_Progress=True):
     "Measure the bands of a store. Mean, deviation, minimum and maximum, written beside the store."
     tiles = _open(root, stem)
@@ -183,12 +180,12 @@ def stats(root:_Dir, stem:_Stem=None, name:Annotated[str, typer.Option(help='<st
     typer.echo(import_module('mmearth.statistics').write_statistics(tiles, name, rows=chosen, modalities=names(modalities), convention=convention, workers=workers, scheduler=scheduler, progress=progress))
 
 @app.command()
-def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack')], stem:_Stem=None, split:Annotated[str, typer.Option(help='all tiles by default', show_default=False)]=None, rows:_Rows=None, modalities:_Modalities=None,
+def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack; DIR_pack by default', show_default=False)]=None, stem:_Stem=None, split:Annotated[str, typer.Option(help='all tiles by default', show_default=False)]=None, rows:_Rows=None, modalities:_Modalities=None,
          samples:Annotated[int, typer.Option(help='tiles in a chunk', show_default=False)]=None, statistics:Annotated[str, typer.Option(help='released or measured')]='released',
          sound:Annotated[bool, typer.Option(help='drop tiles whose pixels are known to be corrupt')]=True, workers:_Workers=0, scheduler:_Scheduler=None, progress:_Progress=True):
     "Write the form that training reads. Raw Zarr chunks of whole tiles; goes on where it was interrupted."
     packing = import_module('mmearth.pack')
-    made = packing.pack(_open(root, stem), out, split, numbers(rows), names(modalities), samples, workers, scheduler, statistics, sound, progress)
+    made = packing.pack(_open(root, stem), out or root.resolve().with_name(f'{root.resolve().name}_pack'), split, numbers(rows), names(modalities), samples, workers, scheduler, statistics, sound, progress)
     typer.echo(f'{made}: {len(packing.Pack(made))} tiles')
 
 @app.command()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from functools import cached_property, partial
 from importlib import import_module
@@ -307,7 +308,7 @@ def share(packed:Pack,
     part = out.with_name(f'.{out.name}.{uuid4().hex}.part')
     group = zarr.create_group(part, attributes=dict(mmearth=packed.about))
     for name, a in packed.arrays.items(): _compress(group, name, a, packed.whole(name), read_json(packed.root / name / 'zarr.json'), codec, level)
-    zarr.consolidate_metadata(part)
+    with warnings.catch_warnings(category=UserWarning, action='ignore'): zarr.consolidate_metadata(part)  # which zarr calls an extension of the format
     for f in packed.hashes:
         if '/' not in f and f != 'zarr.json': shutil.copyfile(packed.root / f, part / f)
     for f, to in (('hashes.json', 'hashes.json'), ('zarr.json', 'pack.json')): shutil.copyfile(packed.root / f, part / to)
@@ -325,8 +326,14 @@ def unshare(shared, # folder written by `share`
     "Makes the pack again, the same bytes."
     zarr, shared, out = import_module('zarr'), Path(shared), Path(out)
     if not (shared / 'pack.json').is_file(): raise StoreError(shared / 'pack.json', '', 'missing', 'this is not a pack in the form for sharing')
-    hashes, made = read_json(shared / 'hashes.json'), read_json(shared / 'pack.json')
-    metas, group = made['consolidated_metadata']['metadata'], zarr.open_group(shared, mode='r')
+    hashes = read_json(shared / 'hashes.json')
+    sides = {'zarr.json': 'pack.json'} | {f: f for f in hashes if '/' not in f and f != 'zarr.json'}
+    for f, here in sides.items():
+        if not (shared / here).is_file() or hash_file(shared / here) != hashes.get(f): raise StoreError(shared / here, '', 'missing, or not what hashes.json says', 'download both again')
+    made = read_json(shared / 'pack.json')
+    try: group = zarr.open_group(shared, mode='r')
+    except Exception as e: raise StoreError(shared / 'zarr.json', '', f'not readable ({e})', 'download it again') from e
+    metas = made['consolidated_metadata']['metadata']
     arrays, done = {k: Array.of(out / k, v) for k, v in metas.items()}, {}
     _begin(out, made, arrays)
     for k, a in arrays.items():
@@ -334,8 +341,7 @@ def unshare(shared, # folder written by `share`
         for i, f in enumerate(a.files):
             x = _piece(group, k, i * a.samples, (i + 1) * a.samples)
             done[f'{k}/{f.name}'] = write_whole(f, [x.reshape(-1).view(np.uint8)], a.bytes)
-    for f in hashes:
-        if '/' not in f and f != 'zarr.json': done[f] = write_whole(out / f, [(shared / f).read_bytes()])
+    for f in sides.keys() - {'zarr.json'}: done[f] = write_whole(out / f, [(shared / f).read_bytes()])
     wrong = [f for f, sha in done.items() if hashes.get(f) != sha]
     if wrong: raise StoreError(shared, wrong[0], f'{len(wrong)} files differ from their hashes', 'download it again')
     _finish(out, done)

@@ -64,7 +64,7 @@ def check_layout(f:h5py.File)->tuple[dict[str, tuple[str, ...]], int]: # band na
     name = f.filename
     if 'metadata' not in f: raise StoreError(name, 'metadata', 'missing key', 'this is not a complete MMEarth file: download it again')
     if 'tile_id' not in (f['metadata'].dtype.names or ()): raise StoreError(name, 'metadata', 'no field tile_id', 'download it again')
-    unknown = [k for k in f if k != 'metadata' and k not in MODALITIES]
+    unknown = [str(k) for k in f if k != 'metadata' and k not in MODALITIES]
     if unknown: raise StoreError(name, unknown[0], 'unknown key', f'rename it, or describe it with mmearth.modalities.declare; known are {", ".join(MODALITIES)}')
     n, size, bands = len(f['metadata']), None, {}
     for m in (m for k, m in MODALITIES.items() if k in f):

@@ -58,7 +58,7 @@ def test_query_index_show(store, tmp_path):
 
 
 def test_split_stats_pack_share_verify(store, tmp_path):
-    made = call('split', store, 'mine', '--method', 'random', '--fractions', '0.5,0.25,0.25', '--seed', 3).strip()
+    made = call('split', store, 'mine', '--kind', 'random', '--fractions', '0.5,0.25,0.25', '--seed', 3).strip()
     assert made.endswith('_splits_mine.json') and json.loads(open(made).read())['how']['seed'] == 3
     rows = Store(store).rows('mine/train')
     call('pack', store, tmp_path / 'pack', '--split', 'mine/train', '--modalities', 'sentinel2,aster,biome', '--no-sound', '--no-progress')
