@@ -683,6 +683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mmearth.spread': { 'mmearth.spread._call': ('spread.html#_call', 'mmearth/spread.py'),
                                 'mmearth.spread._named': ('spread.html#_named', 'mmearth/spread.py'),
                                 'mmearth.spread._on_cluster': ('spread.html#_on_cluster', 'mmearth/spread.py'),
+                                'mmearth.spread._restore': ('spread.html#_restore', 'mmearth/spread.py'),
                                 'mmearth.spread.connect': ('spread.html#connect', 'mmearth/spread.py'),
                                 'mmearth.spread.spread': ('spread.html#spread', 'mmearth/spread.py')},
             'mmearth.statistics': { 'mmearth.statistics._counts': ('statistics.html#_counts', 'mmearth/statistics.py'),

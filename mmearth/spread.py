@@ -8,6 +8,7 @@ __all__ = ['connect', 'spread']
 # %% ../nbs/01a_spread.ipynb #imports
 import importlib
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -17,6 +18,11 @@ from itertools import islice
 from tqdm import tqdm
 
 # %% ../nbs/01a_spread.ipynb #connect
+def _restore(before:dict):
+    "Takes back what Dask wrote for its workers into the environment of this process, numbers of threads among it."
+    for k in os.environ.keys() - before.keys(): del os.environ[k]
+    os.environ.update(before)
+
 def connect(stack:ExitStack, # closes what is opened here
             workers:int=0, # processes of a local cluster
             scheduler:str|None=None, # address of a running one
@@ -25,6 +31,7 @@ def connect(stack:ExitStack, # closes what is opened here
     try: dask = importlib.import_module('distributed')
     except ImportError as e: raise ImportError('spreading work over processes needs Dask: pip install "mmearth[build]"') from e
     if scheduler is None:
+        stack.callback(_restore, dict(os.environ))
         scheduler = stack.enter_context(dask.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=':0', silence_logs=logging.CRITICAL))
     try:
         client = stack.enter_context(dask.Client(scheduler, timeout=10, set_as_default=False))

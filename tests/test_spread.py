@@ -79,3 +79,9 @@ def test_dask_is_needed_only_for_workers(monkeypatch):
 def test_a_bar_is_shown_when_asked_for(capsys):
     list(spread(refuse, range(3), desc='Counting'))
     assert 'Counting' in capsys.readouterr().err
+
+
+def test_the_environment_is_left_as_it_was():
+    before = dict(os.environ)
+    list(spread(abs, [1, -2], workers=1))
+    assert dict(os.environ) == before
