@@ -7,7 +7,7 @@ __all__ = ['Ranges', 'coalesce', 'Held', 'Blocks', 'RemoteFile', 'opened', 'inde
            'as_stored', 'take', 'put', 'find_rows', 'choose', 'fetch']
 
 # %% ../nbs/06c_remote.ipynb #imports
-import io, json, re, shutil, struct, threading, time, zlib
+import io, json, re, shutil, struct, threading, time, traceback, zlib
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +182,7 @@ def opened(remote:RemoteFile):
     try:
         with h5py.File(remote, 'r') as f: yield f
     except Exception as e:
+        traceback.clear_frames(e.__traceback__)  # an error that is kept must not keep lists of HDF5, whose end after Python's end is a crash
         if remote.failure is not None: raise remote.failure from e
         if isinstance(e, (RuntimeError, KeyError)) or isinstance(e, OSError) and e.errno is None: raise StoreError(remote.url, '', f'not readable as HDF5 ({e})', 'the file on the server is damaged, or no HDF5 file') from e
         raise
