@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 
 import h5py
@@ -273,9 +274,9 @@ def _read_ffcv(root:Path, batch:int, seed:int)->Iterator[dict]:
 def _read_litdata(root:Path, batch:int, seed:int)->Iterator[dict]:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.item_loader import PyTreeLoader
-    tiles = StreamingDataset(str(root), item_loader=PyTreeLoader(batch_decode=0), shuffle=True, seed=seed, drop_last=True)  # 0: decodes no neighbours, which a shuffled order would throw away
-    loader = StreamingDataLoader(tiles, batch_size=batch, num_workers=0, drop_last=True)
-    while True: yield from loader
+    for epoch in count():  # a dataset for each: litdata 0.2.76 fails in the second pass over one
+        tiles = StreamingDataset(str(root), item_loader=PyTreeLoader(batch_decode=0), shuffle=True, seed=seed + epoch, drop_last=True)  # 0: decodes no neighbours, which a shuffled order would throw away
+        yield from StreamingDataLoader(tiles, batch_size=batch, num_workers=0, drop_last=True)
 
 @reader('webdataset', 'webdataset', needs='webdataset', differs='in order of the files, shuffled within a buffer of 256')
 def _read_webdataset(root:Path, batch:int, seed:int)->Iterator[dict]:
