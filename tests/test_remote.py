@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 import pytest
 
-from mmearth.remote import Ranges, RemoteFile, coalesce, fetch
+from mmearth.fetch import fetch
+from mmearth.remote import Ranges, RemoteFile, coalesce
 from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
 
@@ -209,7 +210,7 @@ def test_bad_questions(server, source, tmp_path):
 
 def test_killed_and_called_again_fetches_the_rest_only(server, source, tmp_path):
     server.mood = 'slow'
-    code = f'from mmearth.remote import fetch; fetch({url(server, source)!r}, {str(tmp_path / "x")!r}, batch=6, progress=False, connections=2)'
+    code = f'from mmearth.fetch import fetch; fetch({url(server, source)!r}, {str(tmp_path / "x")!r}, batch=6, progress=False, connections=2)'
     child = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'OMP_NUM_THREADS': '1'})
     part = tmp_path / '.x.part'
     for _ in range(3000):
