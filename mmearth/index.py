@@ -12,9 +12,12 @@ import hashlib
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +63,9 @@ def _many_records(data:bytes # begins at the quote of a tile id
     "The whole records in `data` in bulk, without the last one; None where the spelling is not that of the released files."
     used = data.rfind(b'}}, "') + 4
     if used < 4 or not data.isascii(): return None
-    lines = _NEXT.sub(rb'}}\n{"#": \1, ', b'}}, ' + data[:used - 2])[3:]
+    head, *parts = _NEXT.split(b'}}, ' + data[:used - 2])
+    if head: return None
+    lines = b''.join(chain.from_iterable(zip(repeat(b'}}\n{"#": '), parts[::2], repeat(b', '), parts[1::2])))[3:]
     try: table = read_lines(pa.BufferReader(lines), parse_options=ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior='ignore'))
     except (pa.ArrowInvalid, UnicodeDecodeError): return None
     begins = np.append(0, np.flatnonzero(np.frombuffer(lines, np.uint8) == 10) + 1)
@@ -123,25 +128,52 @@ def _columns(path, table:pa.Table, at:np.ndarray, until:np.ndarray)->pa.Table:
         crs=raw['CRS'].dictionary_encode(), no_data=raw['NO_DATA'].fill_null(False), **has,
         sentinel2_bands=pc.binary_join(names['sentinel2'], ',').dictionary_encode(), at=at, until=until))
 
-# %% ../nbs/02a_index.ipynb #stream
-_WINDOW = 1 << 23  # bytes read at once
+# %% ../nbs/02a_index.ipynb #windows
+_WINDOW = 1 << 22  # bytes read at once
 
+def _windows(f, place:int): # -> place, bytes from there, are they the last?
+    "Windows of an open file, each beginning at the quote of a tile id."
+    f.seek(place)
+    data, last = b'', False
+    while True:
+        more = f.read(_WINDOW) if len(data) < _WINDOW else b''
+        data, last = data + more, len(data) < _WINDOW and len(more) < _WINDOW
+        if data[:1] != b'"': return
+        yield place, data, last
+        used = data.rfind(b'}}, "') + 4
+        if used < 4: return
+        place, data = place + used, data[used:]
+
+def _in_bulk(path, place:int, data:bytes)->tuple|None: # columns, bytes used
+    "The columns of a window; None where only the slow reader can read it."
+    if (found := _many_records(data)) is None: return None
+    table, at, until, used = found
+    return _columns(path, table, at + place, until + place), used
+
+# %% ../nbs/02a_index.ipynb #stream
 def _stream(path:Path, progress:bool)->pa.Table:
     "The columns of a whole file; a bar with rate and time left shows where that takes long."
-    parts = [_columns(path, _SCHEMA.empty_table(), *np.empty((2, 0), np.int64))]
-    with path.open('rb') as f, tqdm(total=path.stat().st_size, desc=f'indexing {path.name}, once', unit='B', unit_scale=True, delay=2, disable=not progress) as bar:
-        data = f.read(_WINDOW)
-        start = re.match(rb'[ \t\n\r]*\{[ \t\n\r]*', data)
+    parts, jobs = [_columns(path, _SCHEMA.empty_table(), *np.empty((2, 0), np.int64))], deque()
+    bar = tqdm(total=path.stat().st_size, desc=f'indexing {path.name}, once', unit='B', unit_scale=True, delay=2, disable=not progress)
+    with path.open('rb') as f, bar, ThreadPoolExecutor(2) as pool:
+        start = re.match(rb'[ \t\n\r]*\{[ \t\n\r]*', f.read(_WINDOW))
         if not start: raise StoreError(path, '', 'not readable as JSON: an object expected', 'download it again')
-        place, data = start.end(), data[start.end():]
-        while data[:1] == b'"':
-            more = f.read(_WINDOW) if len(data) < _WINDOW else b''
-            data, last = data + more, len(data) < _WINDOW and len(more) < _WINDOW
-            table, at, until, used = _many_records(data) or _few_records(data, path, place, last)
-            parts.append(_columns(path, table, at + place, until + place))
-            place, data = place + used, data[used:]
-            bar.update(used)
-        if not re.fullmatch(rb'\}[ \t\n\r]*', data + f.read()): raise StoreError(path, '', f'not readable as JSON: no end at byte {place}', 'it may be cut short: download it again')
+        end, ahead = start.end(), _windows(f, start.end())
+        while True:
+            jobs.extend((*w, pool.submit(_in_bulk, path, *w[:2])) for w in islice(ahead, 3 - len(jobs)))
+            if not jobs: break
+            place, data, last, job = jobs.popleft()
+            found = job.result()
+            if found is None:
+                table, at, until, used = _few_records(data, path, place, last)
+                found = _columns(path, table, at + place, until + place), used
+                ahead = _windows(f, place + used)
+                jobs.clear()
+            parts.append(found[0])
+            end = place + found[1]
+            bar.update(found[1])
+        f.seek(end)
+        if not re.fullmatch(rb'\}[ \t\n\r]*', f.read()): raise StoreError(path, '', f'not readable as JSON: no end at byte {end}', 'it may be cut short: download it again')
     whole = pa.concat_tables(parts).unify_dictionaries().combine_chunks()
     counts = pc.value_counts(whole['tile_id'])
     twice = counts.filter(pc.greater(counts.field('counts'), 1))
