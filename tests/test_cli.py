@@ -16,7 +16,7 @@ from mmearth.cli import app, conditions, names, numbers
 from mmearth.pack import Pack
 from mmearth.store import Store
 
-COMMANDS = 'download fetch inspect split index query stats pack verify share show card run experiment'.split()
+COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show card run experiment'.split()
 
 
 def call(*words, code=0):
@@ -55,6 +55,17 @@ def test_query_index_show(store, tmp_path):
     assert call('show', store, tiles.tile_ids[4], '--out', tmp_path / 'a.png').strip() == str(tmp_path / 'a.png')
     assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG' and not list(tmp_path.glob('.*'))
     assert 'no tile' in call('show', store, 'nonsense', code=1)
+
+
+def test_a_folder_is_served_until_it_is_interrupted(store, tmp_path):
+    command = [sys.executable, '-m', 'mmearth.cli', 'serve', str(store), '--port', '0']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        address = server.stdout.readline().strip()
+        assert '2 of 24 tiles' in call('fetch', address, tmp_path / 'part', '--rows', '3,9', '--no-progress')
+        assert Store(tmp_path / 'part').tile_ids == [Store(store).tile_ids[i] for i in (3, 9)]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) == 0
+    assert 'no such folder' in call('serve', tmp_path / 'nothing', code=1)
 
 
 def test_split_stats_pack_share_verify(store, tmp_path):

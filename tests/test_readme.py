@@ -25,6 +25,15 @@ def test_the_table_is_the_kept_one():
     assert {percent(f) for f in kept.fraction} == {r[1] for r in rows}
 
 
+def test_rates_are_the_kept_ones():
+    kept = [pd.read_csv(ROOT / 'reports' / 'runs' / f'bench-loader-{size}' / 'standing.csv').samples_per_s for size in (128, 64)]
+    rows = re.findall(r'^\| [^|]+ \| ([\d,]+) \| ([\d,]+) \|$', README, re.M)
+    assert len(rows) == 11 and all({f'{x:,.0f}' for x in all_} >= set(told) for all_, told in zip(kept, zip(*rows)))
+    opens = pd.read_csv(ROOT / 'reports' / 'runs' / 'bench-open-1200000' / 'opens.csv').set_index('what')
+    plain = opens.loc['json.load, tile information only']
+    assert f'{opens.open_s["first"]:.1f} s the first time' in README and f'{plain.open_s:.0f} s and {plain.peak_gb:.1f} GB' in README
+
+
 def test_modules_named_in_commands_exist():
     for name in set(re.findall(r'-m mmearth\.(\w+)', README)): assert (ROOT / 'mmearth' / f'{name}.py').is_file(), name
     makefile = (ROOT / 'Makefile').read_text()
