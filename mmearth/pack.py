@@ -289,6 +289,8 @@ def open_tiles(root, # a folder
     return Pack(root) if any((Path(root) / f).is_file() for f in ('zarr.json', 'plan.json')) else Store(root, stem)
 
 # %% ../nbs/08_pack.ipynb #share
+_LISTED = 'shared.json'  # file -> SHA-256, of everything that travels
+
 def _compress(group, name:str, array:Array, whole:np.ndarray|None, meta:dict, codec:str, level:int):
     "Writes one array in shards of K tiles."
     zarr, inner, n = import_module('zarr'), array.shape[1:], array.shape[0]
@@ -312,6 +314,7 @@ def share(packed:Pack,
     for f in packed.hashes:
         if '/' not in f and f != 'zarr.json': shutil.copyfile(packed.root / f, part / f)
     for f, to in (('hashes.json', 'hashes.json'), ('zarr.json', 'pack.json')): shutil.copyfile(packed.root / f, part / to)
+    write_whole(part / _LISTED, [json.dumps({f.relative_to(part).as_posix(): hash_file(f) for f in sorted(part.rglob('*')) if f.is_file()}).encode()])
     return part.replace(out)
 
 # %% ../nbs/08_pack.ipynb #unshare
@@ -325,12 +328,10 @@ def unshare(shared, # folder written by `share`
            )->Path:
     "Makes the pack again, the same bytes."
     zarr, shared, out = import_module('zarr'), Path(shared), Path(out)
-    if not (shared / 'pack.json').is_file(): raise StoreError(shared / 'pack.json', '', 'missing', 'this is not a pack in the form for sharing')
-    hashes = read_json(shared / 'hashes.json')
-    sides = {'zarr.json': 'pack.json'} | {f: f for f in hashes if '/' not in f and f != 'zarr.json'}
-    for f, here in sides.items():
-        if not (shared / here).is_file() or hash_file(shared / here) != hashes.get(f): raise StoreError(shared / here, '', 'missing, or not what hashes.json says', 'download both again')
-    made = read_json(shared / 'pack.json')
+    if not (shared / _LISTED).is_file(): raise StoreError(shared / _LISTED, '', 'missing', 'this is not a pack in the form for sharing')
+    for f, sha in read_json(shared / _LISTED).items():
+        if not (shared / f).is_file() or hash_file(shared / f) != sha: raise StoreError(shared / f, '', f'missing, or not what {_LISTED} says', 'fetch this file again')
+    hashes, made = read_json(shared / 'hashes.json'), read_json(shared / 'pack.json')
     try: group = zarr.open_group(shared, mode='r')
     except Exception as e: raise StoreError(shared / 'zarr.json', '', f'not readable ({e})', 'download it again') from e
     metas = made['consolidated_metadata']['metadata']
@@ -341,7 +342,8 @@ def unshare(shared, # folder written by `share`
         for i, f in enumerate(a.files):
             x = _piece(group, k, i * a.samples, (i + 1) * a.samples)
             done[f'{k}/{f.name}'] = write_whole(f, [x.reshape(-1).view(np.uint8)], a.bytes)
-    for f in sides.keys() - {'zarr.json'}: done[f] = write_whole(out / f, [(shared / f).read_bytes()])
+    for f in hashes:
+        if '/' not in f and f != 'zarr.json': done[f] = write_whole(out / f, [(shared / f).read_bytes()])
     wrong = [f for f, sha in done.items() if hashes.get(f) != sha]
     if wrong: raise StoreError(shared, wrong[0], f'{len(wrong)} files differ from their hashes', 'download it again')
     _finish(out, done)

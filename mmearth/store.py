@@ -70,6 +70,7 @@ def check_layout(f:h5py.File)->tuple[dict[str, tuple[str, ...]], int]: # band na
     for m in (m for k, m in MODALITIES.items() if k in f):
         ds = f[m.name]
         if not isinstance(ds, h5py.Dataset): raise StoreError(name, m.name, 'a group, an array expected', 'download it again')
+        ds.compression  # h5py fails on filters it cannot make sense of
         bands[m.name] = band_names(ds, m)
         if m.level == 'pixel' and ds.ndim == 4: size = size or ds.shape[-1]
         planes = m.columns if m.onehot else len(bands[m.name])

@@ -98,3 +98,8 @@ def test_no_crash_and_nothing_silent(name, n):
     bad = found[found.verdict.isin(['crash', 'silent'])]
     assert len(found) == n and bad.empty, json.dumps(bad.to_dict('records'), indent=1)
     assert (found.verdict == 'named').sum() > n / 10
+
+
+@pytest.mark.parametrize('name, case', [('store', 377), ('shared pack', 1626)])
+def test_cases_that_once_crashed(name, case):
+    assert fuzz(1, (name,), first=case, progress=False).verdict.tolist() == ['named']
