@@ -336,7 +336,7 @@ def pyproject(root:Path)->dict:
         license=project['license'].lower(), author=', '.join(a['name'] for a in project['authors']),
         min_python=project['requires-python'].removeprefix('>='), status=classed['Development Status'].split()[0],
         audience=classed['Intended Audience'], keywords={k.replace(' ', '-') for k in project['keywords']},
-        requirements=set(project['dependencies']), dev_requirements=set(project['optional-dependencies']['dev']))
+        requirements=set(project['dependencies']), dev_requirements={line.split(';')[0] for line in project['optional-dependencies']['dev']})
     return said | {k: set(v.split() if isinstance(v, str) else v) if k in LISTS else v for k, v in tool.items()}
 
 # %% ../nbs/90_house.ipynb #settings-agree

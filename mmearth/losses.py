@@ -38,30 +38,29 @@ def standardise_patches(target:Tensor, there:Tensor)->Tensor: # (N, L, D)
     return (target - mean) / deviation
 
 # %% ../nbs/14_losses.ipynb #pixel-regression
-def pixel_regression(pred:Tensor, # (N, L, p * p * C)
+def pixel_regression(pred:Tensor, # (N, M, p * p * C), of the hidden patches
                      target:Tensor, # (N, C, H, W), z-scored
                      valid:Tensor, # bool (N, C, H, W)
-                     mask:Tensor, # bool (N, L), True = hidden
+                     hidden:Tensor, # (N, M) numbers of the hidden patches
                      patch:int, # p, side of a patch in pixels
                      norm_pix:bool=False, # standardise each target patch
                     )->tuple[Tensor, Tensor]: # loss (), present? ()
     "Mean squared error on hidden patches, missing numbers left out."
-    there = patchify(valid, patch).float()
-    target = patchify(torch.where(valid, target, 0), patch)
+    there = patchify(valid, patch, hidden).float()
+    target = patchify(torch.where(valid, target, 0), patch, hidden)
     if norm_pix: target = standardise_patches(target, there)
     n = there.sum(-1)
     per_patch = ((pred.float() - target).square() * there).sum(-1) / n.clamp(min=1)
-    return present_mean(per_patch, mask & (n > 0))
+    return present_mean(per_patch, n > 0)
 
 # %% ../nbs/14_losses.ipynb #pixel-classification
-def pixel_classification(pred:Tensor, # (N, L, p * p * K)
+def pixel_classification(pred:Tensor, # (N, M, p * p * K), of the hidden patches
                          target:Tensor, # int64 (N, H, W), -1 = unknown
-                         mask:Tensor, # bool (N, L), True = hidden
+                         hidden:Tensor, # (N, M) numbers of the hidden patches
                          patch:int, # p, side of a patch in pixels
                         )->tuple[Tensor, Tensor]: # loss (), present? ()
     "Mean cross-entropy over the known pixels of hidden patches."
-    target = patchify(target[:, None], patch)
-    target = torch.where(mask[..., None], target, -1).flatten()
+    target = patchify(target[:, None], patch, hidden).flatten()
     loss = F.cross_entropy(pred.float().reshape(len(target), -1), target, ignore_index=-1, reduction='none')
     return present_mean(loss, target >= 0)
 
@@ -84,15 +83,15 @@ def task_loss(name:str, # task
               pred:Tensor, # what its head returned
               target:Tensor, # decoded target
               valid:Tensor, # bool, where it was measured
-              mask:Tensor, # bool (N, L), True = hidden
+              hidden:Tensor, # (N, M) numbers of the hidden patches
               patch:int, # side of a patch in pixels
               norm_pix:bool=True, # standardise Sentinel-2 target patches
              )->tuple[Tensor, Tensor]: # loss (), present? ()
     "Chooses the loss by the level and kind of the modality."
     m = modality(name)
     if m.level == 'pixel':
-        if m.kind == 'categorical': return pixel_classification(pred, target, mask, patch)
-        return pixel_regression(pred, target, valid, mask, patch, norm_pix and name == 'sentinel2')
+        if m.kind == 'categorical': return pixel_classification(pred, target, hidden, patch)
+        return pixel_regression(pred, target, valid, hidden, patch, norm_pix and name == 'sentinel2')
     if m.kind == 'categorical': return image_classification(pred, target)
     return image_regression(pred, target, valid)
 

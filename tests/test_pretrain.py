@@ -109,7 +109,7 @@ def test_nan_scattered_through_the_data(tiny_store, tmp_path):
 
 def test_divergence_names_task_and_tiles_and_keeps_the_checkpoint(tiny_store, tmp_path):
     trainer = Trainer(SMALL, Store(tiny_store), tmp_path)
-    torch.nn.init.constant_(trainer.model.heads['aster'].conv.bias, float('inf'))
+    torch.nn.init.constant_(trainer.model.heads['aster'].bias, float('inf'))
     with pytest.raises(Diverged, match='aster.* not finite on tiles'): trainer.update(0)
 
 
