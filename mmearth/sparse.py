@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['zorder', 'Plan', 'make_plan', 'Scatter', 'Gather', 'depthwise', 'folded_mlp', 'packed_block', 'packed_stem',
-           'packed_rows', 'packed']
+           'packed_halve', 'packed_stage', 'packed_rows', 'packed']
 
 # %% ../nbs/12_sparse.ipynb #imports
 import math
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .convnext import Block, ConvNeXtV2, Mlp
+from .convnext import Block, ConvNeXtV2, Mlp, Stage
 from .masking import patch_ids
 
 # %% ../nbs/12_sparse.ipynb #zorder
@@ -130,16 +130,23 @@ def packed_stem(encoder:ConvNeXtV2, x:Tensor, # (B, bands, H, W)
     return y[:, plan.along_z].reshape(B, V * 64, -1)
 
 # %% ../nbs/12_sparse.ipynb #packed-encoder
-def packed_rows(encoder:ConvNeXtV2, x:Tensor, plan:Plan, stem=packed_stem, block=packed_block)->Tensor: # (B, V, num_features)
+def packed_halve(y:Tensor, # (B, 4 R, C), four neighbours after each other
+                 ln_w:Tensor, ln_b:Tensor, weight:Tensor, bias:Tensor)->Tensor: # (B, R, C')
+    "LayerNorm and the convolution that joins four pixels into one."
+    y = F.layer_norm(y, ln_w.shape, ln_w, ln_b, 1e-6)
+    return F.linear(y.view(len(y), -1, 4 * y.shape[-1]), weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+def packed_stage(stage:Stage, y:Tensor, # (B, R, C), or (B, 4 R, C) where the stage halves
+                 plan:Plan, side:int, block=packed_block, halve=packed_halve)->Tensor: # (B, R, C)
+    "Halves the map (except the first stage), then runs the blocks."
+    if params := list(stage.downsample.parameters()): y = halve(y, *params)
+    for one in stage.blocks: y = block(one, y, plan, side)
+    return y
+
+def packed_rows(encoder:ConvNeXtV2, x:Tensor, plan:Plan, stem=packed_stem, block=packed_block, halve=packed_halve)->Tensor: # (B, V, num_features)
     "Features of the visible patches; arguments as in `packed`."
-    y, side = stem(encoder, x, plan), 8
-    for i, stage in enumerate(encoder.stages):
-        if i:
-            norm, conv = stage.downsample
-            y = F.layer_norm(y, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-            y = F.linear(y.view(len(x), -1, 4 * y.shape[-1]), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
-            side //= 2
-        for one in stage.blocks: y = block(one, y, plan, side)
+    y = stem(encoder, x, plan)
+    for i, stage in enumerate(encoder.stages): y = packed_stage(stage, y, plan, 8 >> i, block, halve)
     return y
 
 def packed(encoder:ConvNeXtV2, # any size, patch, stem and GRN scope
@@ -147,9 +154,10 @@ def packed(encoder:ConvNeXtV2, # any size, patch, stem and GRN scope
            mask:Tensor|Plan, # bool (B, L), True = hidden, the same number in every row; or the plan made from it
            stem=packed_stem, # or another way to compute the first layers
            block=packed_block, # or another way to compute a block
+           halve=packed_halve, # or another way to compute what lies between two stages
           )->Tensor: # (B, num_features, grid, grid), zero where hidden
     "What `encoder(x, mask)` returns, computed on visible patches only."
     plan = mask if isinstance(mask, Plan) else make_plan(mask, x.device)
-    y = packed_rows(encoder, x, plan, stem, block)
+    y = packed_rows(encoder, x, plan, stem, block, halve)
     full = Scatter.apply(y.flatten(0, 1), plan.places[1], len(x) * plan.grid ** 2)
     return full.view(len(x), plan.grid, plan.grid, -1).permute(0, 3, 1, 2)
