@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download', 'fetch', 'verify', 'card', 'serve', 'synthetic',
-           'inspect', 'query', 'index', 'show', 'split', 'stats', 'pack', 'share', 'run', 'experiment']
+           'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'run', 'experiment']
 
 # %% ../nbs/59_cli.ipynb #imports
 import json
@@ -38,12 +38,12 @@ def names(text:str|None)->list[str]|None: # None stays None
     "'a,b' as a list of names."
     return [w.strip() for w in text.split(',') if w.strip()] if text is not None else None
 
-def numbers(text:str|None, kind=int, what:str='numbers')->list|None: # None stays None
-    "'1,4,10-12' as numbers; ranges (whole numbers only) include their end."
+def numbers(text:str|None, kind=int, what:str='numbers', wrap:int=0)->list|None: # None stays None
+    "'1,4,10-12' as numbers; ranges (whole numbers only) include their end, and go over it where they `wrap`: months 11-2."
     found = []
     for word in names(text) or ():
         first, dash, last = word.partition('-') if kind is int and not word.startswith('-') else (word, '', '')
-        try: some = list(range(int(first), int(last) + 1)) if dash else [kind(first)]
+        try: some = [(i - 1) % wrap + 1 if wrap else i for i in range(int(first), int(last) + 1 + (wrap if int(last) < int(first) else 0))] if dash else [kind(first)]
         except ValueError: some = []
         if not some: raise ValueError(f'{word!r} is no number: give {what} as in 1,4,10-12' if kind is int else f'{word!r} is no number: give {what} joined by commas')
         found += some
@@ -52,7 +52,7 @@ def numbers(text:str|None, kind=int, what:str='numbers')->list|None: # None stay
 def conditions(box:str|None, biome:str|None, eco_region:str|None, month:str|None, year:str|None, level:str|None, has:str|None)->dict:
     "The conditions of `mmearth.index.query` that were given."
     kinds = lambda text: text and [int(w) if w.isdigit() else w for w in names(text)]
-    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month), year=numbers(year), level=names(level), has=names(has))
+    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month, wrap=12), year=numbers(year), level=names(level), has=names(has))
     return {k: v for k, v in given.items() if v is not None}
 
 # %% ../nbs/59_cli.ipynb #option-types
@@ -64,14 +64,25 @@ _Workers = Annotated[int, typer.Option(help='processes; 0 works in this one')]
 _Scheduler = Annotated[str, typer.Option(help='address of a Dask scheduler instead', show_default=False)]
 _Progress = Annotated[bool, typer.Option(help='show a bar')]
 _Box = Annotated[str, typer.Option(metavar='W,S,E,N', help='degrees; west > east crosses the date line', show_default=False)]
-_Biome = Annotated[str, typer.Option(help='numbers or names', show_default=False)]
+_Biome = Annotated[str, typer.Option(help='numbers or names, as in Tundra; a name that is not known lists them', show_default=False)]
 _EcoRegion = Annotated[str, typer.Option(help='numbers or names', show_default=False)]
-_Month = Annotated[str, typer.Option(help='1 to 12, as in 6-8', show_default=False)]
+_Month = Annotated[str, typer.Option(help='1 to 12, as in 6-8 or 11-2', show_default=False)]
 _Year = Annotated[str, typer.Option(help='2017 to 2020', show_default=False)]
 _Level = Annotated[str, typer.Option(help='l1c or l2a', show_default=False)]
 _Has = Annotated[str, typer.Option(help='must be available, as in sentinel1_desc', show_default=False)]
 
 def _open(root:Path, stem:str|None=None): return import_module('mmearth.pack').open_tiles(root, stem)
+
+def _row(tiles, tile:str)->int:
+    "Row of a tile that was named by its id, or as row:17."
+    i = numbers(tile[4:])[0] if tile.startswith('row:') else tiles.row(tile)
+    if not 0 <= i < len(tiles): raise IndexError(f'{tiles.root}: row {i} asked for, it has {len(tiles)}')
+    return i
+
+def _size(n:float)->str:
+    "Bytes as people say them."
+    unit = next((u for u, limit in (('kB', 1e6), ('MB', 1e9)) if n < limit), 'GB')
+    return f'{n / dict(kB=1e3, MB=1e6, GB=1e9)[unit]:.1f} {unit}'
 
 def _write(path:Path, text:str)->Path:
     "Writes a text that appears complete or not at all."
@@ -98,18 +109,26 @@ def fetch(url:Annotated[str, typer.Argument(help='address of the .h5 file; its s
     query = conditions(box, biome, eco_region, month, year, level, has) or None
     made = import_module('mmearth.fetch').fetch(url, root, stem, numbers(rows), names(tile_ids), query, names(modalities), progress=progress)
     took = json.loads(next(made.glob('*_fetch.json')).read_text())
-    typer.echo(f'{made}: {took["tiles"]} of {took["of"]} tiles, {took["bytes"] / 1e6:.1f} of {took["whole_bytes"] / 1e6:.1f} MB in {took["requests"]} requests')
+    typer.echo(f'{made}: {took["tiles"]} of {took["of"]} tiles, {_size(took["bytes"])} of {_size(took["whole_bytes"])} in {took["requests"]} requests')
 
 @app.command()
-def verify(root:Annotated[Path, typer.Argument(metavar='DIR', help='data folder, or a pack')]=None,
-           what:Annotated[str, typer.Option(help='dataset, folder or file; all that is there by default', show_default=False)]=None,
+def verify(root:Annotated[Path, typer.Argument(metavar='DIR', help='data folder, store or pack; $MMEARTH_DIR by default', show_default=False)]=None,
+           what:Annotated[str, typer.Option(help='dataset, folder or file of a data folder; all that is there by default', show_default=False)]=None, stem:_Stem=None,
            checksum:Annotated[bool, typer.Option(help='compare hashes, too')]=True, workers:_Workers=0, scheduler:_Scheduler=None, progress:_Progress=True):
-    "Name missing or changed files. Of a data folder or a pack; exit code 1 if there are any."
-    packed = root is not None and any((root / name).is_file() for name in ('hashes.json', 'zarr.json'))
-    bad = import_module('mmearth.pack').verify_pack(root, workers, scheduler, progress) if packed else import_module('mmearth.manifest').verify(root, what, checksum=checksum, progress=progress)
+    "Name missing or changed files. Of a data folder, a store or a pack; exit code 1 if there are any."
+    manifest = import_module('mmearth.manifest')
+    folder = manifest.data_root(root)
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
+    here, store = manifest.begun(folder), next(folder.glob(f'{stem or "*"}.h5'), None)
+    if any((folder / f).is_file() for f in ('hashes.json', 'zarr.json', 'plan.json', 'pack.json')): bad, said = import_module('mmearth.pack').verify_pack(folder, workers, scheduler, progress), 'every file of the pack has its hash'
+    elif here or what: bad, said = manifest.verify(folder, what, checksum=checksum, progress=progress), f'{what or ", ".join(here)}: all files are there, with their lengths and known hashes'
+    elif store:
+        tiles = _open(folder, stem)
+        bad, said = import_module('mmearth.inspect').unreadable(tiles, progress=progress), f'all {len(tiles)} tiles of {tiles.stem} can be read; no hash of them is known'
+    else: raise FileNotFoundError(f'{folder}: no pack, no store (.h5) and no file of the manifest is here; `mmearth download` and `mmearth synthetic` make some')
     for path, reason in bad: typer.echo(f'{path}: {reason}', err=True)
     if bad: raise typer.Exit(1)
-    typer.echo('nothing is wrong')
+    typer.echo(f'nothing is wrong: {said}')
 
 @app.command()
 def card(dataset:Annotated[str, typer.Argument(help='as in MMEarth64')],
@@ -121,11 +140,11 @@ def card(dataset:Annotated[str, typer.Argument(help='as in MMEarth64')],
 
 # %% ../nbs/59_cli.ipynb #give-commands
 @app.command()
-def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(help='0 takes a free one')]=8765):
-    "Serve a folder, byte ranges included. What `fetch` on another machine reads; until Ctrl-C."
+def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', help='no line for each request')]=False):
+    "Serve a folder, byte ranges included. What `fetch` on another machine reads; until Ctrl-C. Names that begin with a dot are not served."
     if not root.is_dir(): raise FileNotFoundError(f'{root}: no such folder')
-    address, server = import_module('mmearth.remote').serve(root, host, port)
-    files = sorted(p.relative_to(root).as_posix() for p in root.rglob('*.h5'))
+    address, server = import_module('mmearth.remote').serve(root, host, port, told=None if quiet else lambda line: typer.echo(line, err=True))
+    files = sorted(f for f in (p.relative_to(root).as_posix() for p in root.rglob('*.h5')) if not f'/{f}'.count('/.'))
     typer.echo('\n'.join(f'{address}/{f}' for f in files) or f'{address}: no .h5 file in {root}')
     try: import_module('threading').Event().wait()
     except KeyboardInterrupt: server.shutdown()
@@ -143,7 +162,7 @@ def inspect(root:_Dir, stem:_Stem=None, rows:_Rows=None, workers:_Workers=0, sch
             out:Annotated[Path, typer.Option(help='folder for inspect.json and inspect.md; without it, the page is shown', show_default=False)]=None, progress:_Progress=True):
     "Report what a store holds. Histograms, no-data, duplicates, known defects, overlap with labelled places."
     inspecting = import_module('mmearth.inspect')
-    places = import_module('pandas').read_csv(labelled) if labelled else None
+    places = inspecting.read_places(labelled) if labelled else None
     report = inspecting.inspect(_open(root, stem), rows=numbers(rows), workers=workers, scheduler=scheduler, labelled=places, progress=progress)
     if out: return typer.echo(inspecting.write_report(report, out))
     with import_module('tempfile').TemporaryDirectory() as tmp: typer.echo(inspecting.write_report(report, tmp).read_text(encoding='utf-8'))
@@ -171,11 +190,21 @@ def show(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as 
     "Draw a tile in all its modalities."
     import_module('matplotlib').use('Agg')
     tiles = _open(root, stem)
-    i = numbers(tile[4:])[0] if tile.startswith('row:') else tiles.row(tile)
+    i = _row(tiles, tile)
     out = out or Path(f'{tiles.tile_ids[i]}.png')
     part = out.with_name(f'.{out.stem}.part{out.suffix}')
     tiles.plot(i).savefig(part, dpi=100)
     typer.echo(part.replace(out))
+
+# %% ../nbs/59_cli.ipynb #export-command
+@app.command()
+def export(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as in row:17')], out:Annotated[Path, typer.Argument(help='file.nc, folder.zarr, or a folder for GeoTIFFs, one of each map')],
+           stem:_Stem=None, modalities:_Modalities=None):
+    "Write a tile for a GIS. Georeferenced netCDF, Zarr or GeoTIFF, with names of bands, units and legends."
+    tiles, cubes = _open(root, stem), import_module('mmearth.cube')
+    ds = cubes.to_xarray(tiles, _row(tiles, tile), names(modalities))
+    if out.suffix not in ('', '.nc', '.zarr'): raise ValueError(f'{out}: give a name that ends in .nc or .zarr, or a folder for GeoTIFFs')
+    for path in [cubes.write_cube(ds, out)] if out.suffix else cubes.to_geotiff(ds, out): typer.echo(path)
 
 # %% ../nbs/59_cli.ipynb #make-commands
 @app.command()
@@ -186,7 +215,8 @@ def split(root:_Dir, name:Annotated[str, typer.Argument(help='of the split; its 
     "Divide tiles into train, val and test. Written beside the store; biomes are shared out evenly."
     shares = numbers(fractions, float, 'train,val,test')
     if len(shares) != 3: raise ValueError(f'fractions {fractions!r}: give three, as in 0.8,0.1,0.1')
-    typer.echo(import_module('mmearth.splits').write_split(_open(root, stem), kind, name, dict(zip(('train', 'val', 'test'), shares)), block, buffer, seed))
+    path = import_module('mmearth.splits').write_split(_open(root, stem), kind, name, dict(zip(('train', 'val', 'test'), shares)), block, buffer, seed)
+    typer.echo(f'{path}: ' + ', '.join(f'{k} {len(v)}' for k, v in json.loads(path.read_text()).items() if isinstance(v, list)) + ' tiles')
 
 @app.command()
 def stats(root:_Dir, stem:_Stem=None, name:Annotated[str, typer.Option(help='<stem>_band_stats_<name>.json')]='measured', rows:_Rows=None, split:Annotated[str, typer.Option(help='rows of a split instead, as in train or geographic/train', show_default=False)]=None,
@@ -203,14 +233,15 @@ def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack;
     "Write the form that training reads. Raw Zarr chunks of whole tiles; goes on where it was interrupted."
     packing = import_module('mmearth.pack')
     made = packing.pack(_open(root, stem), out or root.resolve().with_name(f'{root.resolve().name}_pack'), split, numbers(rows), names(modalities), samples, workers, scheduler, statistics, sound, progress)
-    typer.echo(f'{made}: {len(packing.Pack(made))} tiles')
+    packed = packing.Pack(made)
+    typer.echo(f'{made}: {len(packed)} tiles{f" of {split}" if split else ""}, {len(packed.modalities)} modalities' + (f'; {packed.about["dropped"]} corrupt tiles left out' if packed.about['dropped'] else ''))
 
 @app.command()
 def share(root:Annotated[Path, typer.Argument(metavar='PACK', help='a pack; or, with --back, its compressed form')], out:Annotated[Path, typer.Argument(help='folder to make')],
           codec:Annotated[str, typer.Option(help='zstd or lz4')]='zstd', level:Annotated[int, typer.Option(help='of compression')]=5, back:Annotated[bool, typer.Option('--back', help='unpack instead')]=False):
     "Compress a pack, or unpack it again. Every chunk is held against its hash."
-    packing = import_module('mmearth.pack')
-    typer.echo(packing.unshare(root, out) if back else packing.share(packing.Pack(root), out, codec, level))
+    sharing = import_module('mmearth.share')
+    typer.echo(sharing.unshare(root, out) if back else sharing.share(import_module('mmearth.pack').Pack(root), out, codec, level))
 
 # %% ../nbs/59_cli.ipynb #run-commands
 @app.command()

@@ -23,7 +23,6 @@ from .kernels import EXECUTIONS, hindrance, in_stages, visible_features
 from .masking import mask_to_pixels, random_mask
 from .modalities import TASKS, modality, select
 from .mpmae import MPMAE, task_losses
-from .pretrain import parameter_groups
 from .sparse import make_plan
 
 # %% ../nbs/44_cost.ipynb #setting
@@ -164,7 +163,7 @@ def make_way(way:str, what:str, s:Setting)->Callable: # () -> number of images
     loss = _model_way(way, what, model, batch, mask)
     if 'compiled' in way: loss = torch.compile(loss)
     part = model if what == 'step' else model.encoder
-    optimiser = torch.optim.AdamW(parameter_groups(part, 0.05), lr=1e-6, fused=s.device.startswith('cuda'))
+    optimiser = torch.optim.AdamW(part.parameters(), lr=1e-6, weight_decay=0.05, fused=s.device.startswith('cuda'))
     half = s.half and way != 'published structure'
     def run()->int:
         with torch.set_grad_enabled(what != 'forward'), torch.autocast(s.device.split(':')[0], torch.bfloat16, enabled=half): value = loss()

@@ -141,9 +141,15 @@ def _names(f:h5py.File, url:str, modalities)->list[str]:
     if not any(MODALITIES[k].level == 'pixel' for k in names): raise ValueError('a store needs a pixel-level modality: add one, as in modalities=["sentinel2", ...]')
     return ['metadata', *names]
 
+def _arrived(root:Path, stem:str, plan:dict)->bool:
+    "Whether the folder holds what is asked for; refuses one that holds something else."
+    if not root.exists() or root.is_dir() and not any(root.iterdir()): return False
+    took = read_json(root / f'{stem}_fetch.json') if (root / f'{stem}_fetch.json').is_file() else {}
+    if took.get('plan') != plan: raise StoreError(root, '', 'exists and holds something else', 'remove it, or choose another folder')
+    return True
+
 def _begin(part:Path, plan:dict):
     "Makes the working folder; what another plan, or another version of the file, left in it is removed."
-    plan = json.loads(json.dumps(plan, default=lambda x: np.asarray(x).tolist()))
     if part.is_dir() and not (part / 'plan.json').is_file() or part.is_dir() and read_json(part / 'plan.json') != plan: shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
     (part / 'plan.json').write_text(json.dumps(plan))
@@ -163,7 +169,7 @@ def _batches(remote:RemoteFile, f:h5py.File, part:Path, names:list[str], rows:np
 
 # %% ../nbs/06e_fetch.ipynb #fetch
 def fetch(url:str, # of the .h5 file, or of its folder when `stem` is given; the side files lie beside it
-          root, # folder to make; new or empty
+          root, # folder to make; new, empty, or holding what an equal call fetched
           stem:str|None=None, # of the files in the folder `url`
           rows=None, # row numbers on the server
           tile_ids=None, # instead of rows
@@ -177,23 +183,27 @@ def fetch(url:str, # of the .h5 file, or of its folder when `stem` is given; the
     base, _, name = str(url).rstrip('/').rpartition('/') if str(url).endswith('.h5') else (str(url).rstrip('/'), '', f'{stem}.h5')
     root, stem = Path(root), name.removesuffix('.h5')
     if stem == 'None': raise ValueError(f'{url} is a folder: name its store, as in stem="data_1M_v001_64"')
-    if root.exists() and (not root.is_dir() or any(root.iterdir())): raise FileExistsError(f'{root} exists and is not empty; remove it or choose another folder')
     part, side = root.parent / f'.{root.name}.part', dict(bytes=0, requests=0)
     with RemoteFile(f'{base}/{stem}.h5', **how) as remote, opened(remote) as f:
         names = _names(f, remote.url, modalities)
         asked = dict(rows=None if rows is None else np.asarray(rows).tolist(), tile_ids=None if tile_ids is None else [str(t) for t in tile_ids], query=query)
-        _begin(part, dict(url=remote.url, tag=remote.tag, names=names, batch=batch, **asked))
+        plan = json.loads(json.dumps(dict(url=remote.url, tag=remote.tag, names=names, **asked), default=lambda x: np.asarray(x).tolist()))
+        if _arrived(root, stem, plan): return root
+        _begin(part, plan | dict(batch=batch))
         for kind in ('band_stats.json', 'splits.json', 'tile_info.json'): _download(f'{base}/{stem}_{kind}', part / f'{stem}_{kind}', side, **how)
         try: _download(f'{base}/{stem}_labels.csv', part / f'{stem}_labels.csv', side, **how)
         except StoreError as e:
             if not e.problem.startswith('HTTP 404'): raise
         tiles = read_tile_info(part / f'{stem}_tile_info.json')
-        found = choose(remote, f, tiles, rows, tile_ids, query)
+        try: found = choose(remote, f, tiles, rows, tile_ids, query)
+        except (ValueError, IndexError, KeyError, StoreError):
+            if not list(part.glob('rows-*')): shutil.rmtree(part)
+            raise
         (out := part / 'store').mkdir(exist_ok=True)
         paths = list(_batches(remote, f, part, names, found, batch, progress))
         with h5py.File(out / f'{stem}.h5', 'w') as h: put(h, names, (dict(np.load(p)) for p in paths), f, [*range(0, len(found), batch), len(found)])
         _side_files(part, out, stem, found, tiles)
-        took = dict(url=remote.url, tag=remote.tag, tiles=len(found), of=len(f['metadata']), modalities=names[1:], requests=remote.requests + side['requests'], bytes=remote.bytes + side['bytes'], side_bytes=side['bytes'], whole_bytes=remote.size)
+        took = dict(url=remote.url, tag=remote.tag, tiles=len(found), of=len(f['metadata']), modalities=names[1:], requests=remote.requests + side['requests'], bytes=remote.bytes + side['bytes'], side_bytes=side['bytes'], whole_bytes=remote.size, plan=plan)
     (out / f'{stem}_fetch.json').write_text(json.dumps(took, indent=1))
     if root.is_dir(): root.rmdir()
     out.rename(root)

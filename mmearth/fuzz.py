@@ -28,7 +28,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from .manifest import File, Manifest, manifest_folder, read_hashes, read_manifest, record_hash, sha256, verify
-from .pack import Pack, pack, share, unshare, verify_pack
+from .pack import Pack, pack, verify_pack
+from .share import share, unshare
 from .splits import random_split, save_splits
 from .store import Store, TileSet
 from .synthetic import write_store

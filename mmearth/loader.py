@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .pack import open_tiles
 from .store import TileSet
 
 # %% ../nbs/08a_loader.ipynb #stream
@@ -170,7 +172,7 @@ class Gather:
 # %% ../nbs/08a_loader.ipynb #loader
 class Loader:
     "Raw batches of a store or a pack, prepared ahead by threads."
-    def __init__(self, source:TileSet,
+    def __init__(self, source:TileSet|str|Path, # a store, a pack, or the folder of one
                  rows=None, # row numbers, or the name of a split; all by default
                  modalities=None, # names, all by default
                  batch:int=64, # samples per step and process
@@ -183,8 +185,10 @@ class Loader:
                  ahead:bool=False, # tell the system what will be read: for packs larger than memory
                 ):
         if batch < 1 or not 0 <= rank < world: raise ValueError(f'Loader: batch={batch}, rank={rank}, world={world}: a batch of at least one, and a rank below world, are needed')
-        self.source, self.size, self.world = source, batch, world
-        self.rows, self.modalities = choose_rows(source, rows), list(source.modalities if modalities is None else modalities)
+        source = open_tiles(source) if isinstance(source, (str, Path)) else source
+        self.source, self.size, self.world, self.rows, self.begun = source, batch, world, choose_rows(source, rows), 0
+        self.modalities = [modalities] if isinstance(modalities, str) else list(source.modalities if modalities is None else modalities)
+        if batch * world > len(self.rows): raise ValueError(f'Loader: batches of {batch} for {world} processes, but {source.root} has {len(self.rows)} such rows: make the batch smaller')
         self.gather = Gather(source, self.rows, self.modalities, memory, ahead)
         slots = [Slot(self.gather.like, batch, pin) for _ in range(threads + 2 if threads else 1)]
         self.picks = partial(shard, seed, len(self.rows), batch=batch, rank=rank, world=world)  # step -> places in `rows`
@@ -193,8 +197,7 @@ class Loader:
     def __len__(self)->int: # whole steps of an epoch
         return len(self.rows) // (self.size * self.world)
 
-    def batch(self, step:int # from 0, counted through all epochs
-             )->Batch:
+    def batch(self, step:int)->Batch: # from 0, counted through all epochs
         "The batch of a step; the one given before is overwritten."
         rows, slot = self.line.get(step)
         return Batch(step, rows, slot.raw, slot)
@@ -205,17 +208,16 @@ class Loader:
             yield self.batch(start)
             start += 1
 
-    def __iter__(self)->Iterator[Batch]: return self.steps()
+    def __iter__(self)->Iterator[Batch]:
+        "The whole steps of one epoch; the next `for` goes on with the next epoch."
+        self.begun += len(self)
+        return self.steps(self.begun - len(self), self.begun)
 
     @property
     def waited(self)->float:
         "Share of the time since the first batch that the caller spent waiting for data."
         return self.line.idle / max(self.line.ended - self.line.began, 1e-9) if self.line.began is not None else 0.
 
-    def close(self):
-        "Ends the threads."
-        self.line.close()
-
+    def close(self): self.line.close()
     def __enter__(self)->'Loader': return self
-
-    def __exit__(self, *_): self.close()
+    def __exit__(self, *_): self.line.close()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'TABLES', 'UNIQUE', 'PATTERNS', 'ManifestError', 'DownloadError', 'read_table', 'File', 'Manifest',
-           'manifest_folder', 'read_manifest', 'data_root', 'read_hashes', 'record_hash', 'fault', 'verify', 'Resume',
-           'download']
+           'manifest_folder', 'read_manifest', 'data_root', 'read_hashes', 'record_hash', 'fault', 'begun', 'verify',
+           'Resume', 'download']
 
 # %% ../nbs/01_manifest.ipynb #imports
 import csv
@@ -153,7 +153,7 @@ def read_manifest(folder=None, # with the five tables; our own by default
 def data_root(root=None)->Path:
     "The data folder: `root`, else `$MMEARTH_DIR`."
     found = root or os.environ.get('MMEARTH_DIR')
-    if not found: raise ValueError('no data folder: give root=..., or set the environment variable MMEARTH_DIR')
+    if not found: raise ValueError('no data folder: give one (root=..., on the command line --root, for verify DIR), or set the environment variable MMEARTH_DIR')
     return Path(found)
 
 def read_hashes(root)->dict[str, dict]: # path -> bytes, sha256, url, recorded
@@ -198,6 +198,13 @@ def fault(file:File, root, # the data folder
     got = sha256(path, progress) if checksum and want else want
     return '' if got == want else f'sha256 {got[:12]}..., {want[:12]}... expected by {who}'
 
+def begun(root, # the data folder
+          manifest:Manifest|None=None, # ours by default
+         )->list[str]:
+    "Datasets of which at least a part has arrived."
+    files = (manifest or read_manifest()).files.values()
+    return sorted({f.dataset for f in files if (Path(root) / f.path).exists() or (Path(root) / f'{f.path}.part').exists()})
+
 def verify(root=None, # the data folder; $MMEARTH_DIR by default
            what:str|None=None, # dataset, folder or file; by default every dataset that has begun to arrive
            manifest:Manifest|None=None, # ours by default
@@ -206,7 +213,7 @@ def verify(root=None, # the data folder; $MMEARTH_DIR by default
           )->list[tuple[str, str]]: # path, reason
     "Files that are missing or not what they should be."
     root, manifest = data_root(root), manifest or read_manifest()
-    here = {f.dataset for f in manifest.files.values() if (root / f.path).exists() or (root / f'{f.path}.part').exists()}
+    here = begun(root, manifest)
     chosen = manifest.select(what) if what else [f for f in manifest.files.values() if f.dataset in here]
     recorded = read_hashes(root)
     return [(f.path, wrong) for f in chosen if (wrong := fault(f, root, recorded, checksum, progress))]
@@ -240,7 +247,7 @@ class Resume:
                 self.check(part, url)
                 return part.finish(output_file)
             except Refused as e: failures[url] = str(e)
-        raise DownloadError(target, f'not to be had at {len(failures)} addresses', f'{part.size:,} bytes are kept: try again later, or give mirrors=[...]', failures)
+        raise DownloadError(target, f'not to be had at {len(failures)} addresses', f'{part.size:,} bytes are kept: try again later, or name other addresses (mirrors=[...], on the command line --mirrors)', failures)
 
 # %% ../nbs/01_manifest.ipynb #download
 def download(what:str, # dataset, folder or file of the manifest: 'MMEarth100k', 'checkpoints', 'data_1M_v001/data_1M_v001.h5'
@@ -268,7 +275,7 @@ def download(what:str, # dataset, folder or file of the manifest: 'MMEarth100k',
                     lock.unlink(missing_ok=True)
             if fresh: continue
             recorded = read_hashes(root)
-            if wrong := fault(file, root, recorded, checksum, progress): raise DownloadError(path, wrong, 'move it away to fetch it again')
+            if wrong := fault(file, root, recorded, checksum, progress): raise DownloadError(path, wrong, 'move it away to download it again')
             if checksum and not file.sha256 and file.path not in recorded and os.access(root, os.W_OK): record_hash(root, file.path, path.stat().st_size, sha256(path, progress))
         except OSError as e:
             remedy = 'free some space, then call again: what has come is kept' if e.errno == errno.ENOSPC else 'choose another root, or mend its permissions'

@@ -288,7 +288,7 @@ def _read_webdataset(root:Path, batch:int, seed:int)->Iterator[dict]:
 def _loader(open_tiles:Callable, root:Path, batch:int, seed:int)->Iterator[dict]:
     "Our loader on whatever `open_tiles` opens."
     with Loader(open_tiles(root), modalities=list(TASKS), batch=batch, seed=seed, threads=2) as loader:
-        for b in loader: yield dict(b.raw, row=b.rows)
+        for b in loader.steps(): yield dict(b.raw, row=b.rows)
 
 def sized(root:Path, # of a pack
           sizes, # numbers of tiles
@@ -299,7 +299,7 @@ def sized(root:Path, # of a pack
     "Our loader on the first 1,000, 10,000, ... tiles of one pack."
     def read(n:int)->Iterator[dict]:
         with Loader(Pack(root), np.arange(n), batch=batch, **options) as loader:
-            for b in loader: yield dict(b.raw, row=b.rows)
+            for b in loader.steps(): yield dict(b.raw, row=b.rows)
     return {n: variant(read(n), calls) for n in sizes}
 
 for _form, _open in dict(pack=Pack, contiguous=Store, gzip=Store).items(): reader(f'mmearth, {_form}', _form, ours=True)(partial(_loader, _open))

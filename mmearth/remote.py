@@ -25,12 +25,12 @@ from .store import StoreError
 # %% ../nbs/06c_remote.ipynb #shelf
 class Shelf(SimpleHTTPRequestHandler):
     "Serves a folder, byte ranges included."
-    protocol_version, disable_nagle_algorithm = 'HTTP/1.1', True
+    protocol_version, disable_nagle_algorithm, told = 'HTTP/1.1', True, None
 
     def do_GET(self):
         "Answers with the bytes asked for; with the whole file where no range is named."
-        path = Path(self.translate_path(self.path))
-        if not path.is_file(): return self.send_error(404)
+        path, inside = Path(self.translate_path(self.path)), Path(self.translate_path(self.path)).relative_to(self.directory)
+        if not path.is_file() or any(part.startswith('.') for part in inside.parts): return self.send_error(404)
         size, asked = path.stat().st_size, re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers.get('Range', ''))
         start, stop = (int(asked[1]), min(int(asked[2]) + 1, size)) if asked else (0, size)
         if asked and start >= stop: return self.send_error(416)
@@ -49,10 +49,16 @@ class Shelf(SimpleHTTPRequestHandler):
 
     def log_message(self, *args): pass
 
+    def log_request(self, code='-', size='-'):
+        if self.told: self.told(f'{self.client_address[0]} {code} {self.path} {self.headers.get("Range", "")}'.rstrip())
+
 def serve(folder, host:str='127.0.0.1', # '0.0.0.0' also answers other machines
           port:int=0, # 0 takes a free one
-          kind:type=Shelf)->tuple[str, ThreadingHTTPServer]: # its address, the server
+          kind:type=Shelf,
+          told=None, # a function that is called with a line for each request
+         )->tuple[str, ThreadingHTTPServer]: # its address, the server
     "Serves a folder from a thread, until `shutdown()`."
+    kind = type(kind.__name__, (kind,), dict(told=told and staticmethod(told)))
     server = ThreadingHTTPServer((host, port), partial(kind, directory=str(folder)))
     server.handle_error = lambda *args: None  # a client that hangs up is no news
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -30,12 +30,14 @@ from .modalities import MODALITIES, Modality, modality, valid
 VALIDATION = ('val', 'valid', 'validation')  # names of one and the same split
 SIDE_FILES = ('band_stats', 'splits', 'tile_info')  # JSON files beside every HDF5 file
 
-def find_files(root, # folder of the store
+def find_files(root, # folder of the store, or its .h5 file
                stem:str|None=None, # needed only where one folder holds several stores
               )->dict[str, Path]: # 'h5', 'band_stats', 'splits', 'tile_info', 'labels'
     "Paths of the files of the store in `root`; all but the labels must exist."
     root = Path(root)
+    if root.suffix == '.h5' and not root.is_dir(): root, stem = root.parent, root.stem
     if not root.is_dir(): raise StoreError(root, '', 'no such folder', 'check the path, or download the data first')
+    if (root / 'hashes.json').is_file() and (root / 'zarr.json').is_file(): raise StoreError(root, '', 'a pack, not a store', 'open it with mmearth.pack.Pack, or with open_tiles, which tells them apart')
     stems = sorted(p.stem for p in root.glob('*.h5'))
     if stem is None and len(stems) > 1: raise StoreError(root, '', f'several stores: {", ".join(stems)}', f'name one, as in stem={stems[0]!r}')
     if stem is None and not stems: raise StoreError(root, '', 'no .h5 file', 'check the path, or download the data first')
@@ -317,11 +319,16 @@ class TileSet:
 
     def __getitem__(self, i)->dict: # row or tile id
         "One tile: raw arrays, `valid` for each of them, and `meta`."
+        if not isinstance(i, str) and not -len(self) <= i < len(self): raise IndexError(f'{self.root}: row {i} asked for, it has {len(self)}')
         return one_tile(self, self.row(i) if isinstance(i, str) else range(len(self))[i])
 
-    def to_xarray(self, i, **options): return import_module('mmearth.cube').to_xarray(self, i, **options)
+    def to_xarray(self, i, modalities=None, chunks:int|None=None):
+        "Tiles as a georeferenced cube, all numbers as stored: a row or a tile id, or several; see `mmearth.cube.to_xarray`."
+        return import_module('mmearth.cube').to_xarray(self, i, modalities, chunks)
 
-    def plot(self, i, **options): return import_module('mmearth.cube').plot(self, i, **options)
+    def plot(self, i, **options):
+        "A tile in all its modalities, as a figure; options as in `mmearth.cube.plot`."
+        return import_module('mmearth.cube').plot(self, i, **options)
 
 # %% ../nbs/05_store.ipynb #one-tile
 def one_tile(tiles:TileSet, i:int)->dict:

@@ -1,5 +1,6 @@
 "The command line: every command through the door, errors as one line, nothing half-written."
 import json
+import os
 import re
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +18,7 @@ from mmearth.cli import app, conditions, names, numbers
 from mmearth.pack import Pack
 from mmearth.store import Store
 
-COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show card run experiment'.split()
+COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run experiment'.split()
 
 
 def call(*words, code=0):
@@ -69,15 +71,16 @@ def test_a_folder_is_served_until_it_is_interrupted(store, tmp_path):
 
 
 def test_split_stats_pack_share_verify(store, tmp_path):
-    made = call('split', store, 'mine', '--kind', 'random', '--fractions', '0.5,0.25,0.25', '--seed', 3).strip()
+    made, _, counts = call('split', store, 'mine', '--kind', 'random', '--fractions', '0.5,0.25,0.25', '--seed', 3).strip().rpartition(': ')
+    assert counts == 'train 12, val 6, test 6 tiles'
     assert made.endswith('_splits_mine.json') and json.loads(open(made).read())['how']['seed'] == 3
     rows = Store(store).rows('mine/train')
-    call('pack', store, tmp_path / 'pack', '--split', 'mine/train', '--modalities', 'sentinel2,aster,biome', '--no-sound', '--no-progress')
+    assert call('pack', store, tmp_path / 'pack', '--split', 'mine/train', '--modalities', 'sentinel2,aster,biome', '--no-sound', '--no-progress').endswith(': 12 tiles of mine/train, 3 modalities\n')
     packed = Pack(tmp_path / 'pack')
     assert packed.modalities == ['sentinel2', 'aster', 'biome'] and np.array_equal(packed.read([0])['aster'], Store(store).read(rows[:1])['aster'])
     call('share', tmp_path / 'pack', tmp_path / 'shared')
     call('share', tmp_path / 'shared', tmp_path / 'again', '--back')
-    assert call('verify', tmp_path / 'again', '--no-progress') == 'nothing is wrong\n'
+    for folder in ('again', 'shared'): assert call('verify', tmp_path / folder, '--no-progress') == 'nothing is wrong: every file of the pack has its hash\n'
     (tmp_path / 'again' / 'hashes.json').write_text('{"a": "b"}')
     assert 'a: missing' in call('verify', tmp_path / 'again', '--no-progress', code=1)
     path = call('stats', store, '--name', 'some', '--rows', '0-9', '--modalities', 'aster', '--no-progress').strip()
@@ -101,13 +104,45 @@ def test_card_and_verify_of_a_data_folder(tmp_path):
     assert 'data_1M_v001_64_splits.json' in call('verify', tmp_path, code=1)
 
 
+def test_verify_says_what_it_looked_at_and_refuses_what_it_cannot_judge(store, tmp_path):
+    assert 'no such folder' in call('verify', tmp_path / 'nowhere', code=1)
+    (tmp_path / 'empty').mkdir()
+    assert 'no pack, no store' in call('verify', tmp_path / 'empty', code=1)
+    assert 'all 24 tiles of' in call('verify', store, '--no-progress')
+    file = next(store.glob('*.h5'))
+    with h5py.File(file) as f: where = f['aster'].id.get_chunk_info_by_coord((5, 0, 0, 0))
+    with open(file, 'r+b') as f:
+        f.seek(where.byte_offset)
+        f.write(b'\xff' * where.size)
+    assert 'aster, row 5: cannot read' in call('verify', store, '--no-progress', code=1)
+    os.truncate(file, file.stat().st_size // 2)
+    assert file.name in call('verify', store, '--no-progress', code=1)
+
+
+def test_export(store, tmp_path):
+    import rasterio
+    import xarray as xr
+    tile = Store(store).tile_ids[3]
+    assert call('export', store, 'row:3', tmp_path / 'tile.nc', '--modalities', 'sentinel2').strip() == str(tmp_path / 'tile.nc')
+    call('export', store, tile, tmp_path / 'maps')
+    with rasterio.open(tmp_path / 'maps' / f'{tile}_sentinel2.tif') as f:
+        assert f.crs and f.descriptions == tuple(Store(store).bands('sentinel2')) and (f.read() == Store(store).read([3])['sentinel2'][0]).all()
+        with xr.open_dataset(tmp_path / 'tile.nc', decode_coords='all') as ds: assert ds.rio.crs == f.crs and ds.rio.transform() == f.transform
+    assert 'ends in .nc or .zarr' in call('export', store, 'row:3', tmp_path / 'tile.png', code=1)
+    for command in (['show', store, 'row:99'], ['export', store, 'row:99', tmp_path / 'x.nc']): assert re.search('store.*99.*24', call(*command, code=1))
+
+
 def test_fetch(tiny_store, tmp_path):
     from test_remote import serve, url
     source = Store(tiny_store)
     server = serve(source.root)
     said = call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress')
-    assert re.search(r': \d+ of 24 tiles, [\d.]+ of [\d.]+ MB in \d+ requests', said)
+    assert re.search(r': \d+ of 24 tiles, [\d.]+ kB of [\d.]+ MB in \d+ requests', said)
     assert Store(tmp_path / 'x').tile_ids == [source.tile_ids[r] for r in source.query(level='l2a')]
+    assert call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress') == said
+    assert 'holds something else' in call('fetch', url(server, source), tmp_path / 'x', '--level', 'l1c', '--no-progress', code=1)
+    assert 'loosen the query' in call('fetch', url(server, source), tmp_path / 'y', '--year', '1999', '--no-progress', code=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['x']
     server.shutdown()
 
 

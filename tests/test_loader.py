@@ -168,7 +168,20 @@ def test_no_thread_works_while_all_buffers_are_full(packed):
     (dict(rank=1), ValueError), (dict(rank=-1), ValueError), (dict(world=0), ValueError), (dict(rows='moon'), StoreError), (dict(modalities=['radar']), StoreError)])
 def test_wrong_arguments(packed, store, arguments, error):
     for source in (packed, store):
-        with pytest.raises(error): Loader(source, **arguments)
+        with pytest.raises(error): Loader(source, **dict(batch=4) | arguments)
+
+
+def test_a_loop_is_an_epoch_and_the_next_goes_on(packed):
+    with Loader(packed, batch=5) as loader:
+        first, second = ([(b.step, *b.rows) for b in loader] for _ in range(2))
+        assert [s for s, *_ in first] == [0, 1, 2, 3] and [s for s, *_ in second] == [4, 5, 6, 7]
+        assert len({r for _, *rows in first for r in rows}) == 20
+
+
+def test_folders_words_and_too_large_batches(packed):
+    with Loader(str(packed.root), modalities='aster', batch=4) as loader: assert list(loader.batch(0).raw) == ['aster']
+    with pytest.raises(ValueError, match='24 such rows: make the batch smaller'): Loader(packed, batch=25)
+    with pytest.raises(ValueError, match='for 2 processes'): Loader(packed, batch=13, world=2)
 
 
 def test_hints_change_nothing(packed):

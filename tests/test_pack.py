@@ -14,7 +14,9 @@ import pytest
 import xarray as xr
 
 from mmearth.chunks import Array, array_meta, chunk_samples, side_by_side, take
-from mmearth.pack import Pack, open_tiles, pack, share, unshare, verify_pack
+from mmearth.pack import Pack, open_tiles, pack, verify_pack
+from mmearth.share import share, unshare
+from mmearth.splits import write_split
 from mmearth.statistics import statistics
 from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
@@ -193,6 +195,78 @@ def test_a_broken_ledger_is_refused(copy, text):
     with pytest.raises(StoreError): Pack(copy)
 
 
+@pytest.mark.parametrize('file', ['aster/c.1.0.0.0', 'tile_id/c.0.0', 'aster/zarr.json', 'zarr.json', '*_splits.json', '*_tile_info.json', 'hashes.json'])
+@pytest.mark.parametrize('damage', ['another byte', 'nothing left', 'gone'])
+def test_packing_again_repairs_whatever_was_damaged(file, damage, copy, packed, store):
+    path = next(copy.glob(file))
+    text = path.read_bytes()
+    if damage == 'gone': path.unlink()
+    else: path.write_bytes(text[:20] + b'?' + text[21:] if damage == 'another byte' else b'')
+    pack(store, copy, samples=10)
+    assert content(copy) == content(packed) and verify_pack(copy) == []
+
+
+def test_a_remedy_that_is_named_works(copy, packed, store):
+    for file in ('hashes.json', next(copy.glob('*_splits.json')).name):
+        (copy / file).unlink()
+        with pytest.raises(StoreError, match='pack again into the same folder'): Pack(copy)
+        pack(store, copy, samples=10)
+        assert Pack(copy).tile_ids == store.tile_ids
+
+
+def test_tile_information_is_held_against_its_hash(copy):
+    path = next(copy.glob('*_tile_info.json'))
+    path.write_bytes(path.read_bytes().replace(b'l2a', b'l1c', 1))
+    with pytest.raises(StoreError, match='differs from its hash'): Pack(copy).info
+
+
+def test_a_split_made_anew_is_another_pack(tiny_store, tmp_path):
+    shutil.copytree(tiny_store, tmp_path / 'store')
+    store = Store(tmp_path / 'store')
+    for seed in (0, 1):
+        for old in store.root.glob('*_splits_mine.json'): old.unlink()
+        write_split(store, 'random', 'mine', fractions=dict(train=.5, val=.25, test=.25), seed=seed)
+        if not seed: before = content(pack(store, tmp_path / 'pack', split='mine/train', modalities=['lat']))
+    with pytest.raises(StoreError, match='splits'): pack(store, tmp_path / 'pack', split='mine/train', modalities=['lat'])
+    assert content(tmp_path / 'pack') == before
+    fresh = Pack(pack(store, tmp_path / 'fresh', split='mine/train', modalities=['lat']))
+    assert fresh.source_rows.tolist() == store.rows('mine/train').tolist()
+
+
+def test_what_is_no_finished_pack_does_not_verify(packed, copy, tmp_path):
+    with pytest.raises(FileNotFoundError, match='no such folder'): verify_pack(tmp_path / 'nowhere')
+    (copy / 'zarr.json').rename(copy / 'plan.json')
+    assert verify_pack(copy) == [('plan.json', 'packing is not finished: pack again into this folder, it goes on where it was')]
+    shared = share(Pack(packed), tmp_path / 'shared')
+    assert verify_pack(shared) == []
+    shard = next(f for f in (shared / 'aster').rglob('*') if f.is_file() and f.name != 'zarr.json')
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert verify_pack(shared) == [(shard.relative_to(shared).as_posix(), 'content differs from its hash')]
+
+
+def test_damage_is_not_shared_and_a_refusal_leaves_nothing(copy, packed, tmp_path):
+    chunk = copy / 'aster' / 'c.1.0.0.0'
+    chunk.write_bytes(b'?' + chunk.read_bytes()[1:])
+    with pytest.raises(StoreError, match='c.1.0.0.0.*pack again'): share(Pack(copy), tmp_path / 'shared')
+    shared = share(Pack(packed), tmp_path / 'shared')
+    listed = json.loads((shared / 'hashes.json').read_text())
+    listed['aster/c.1.0.0.0'] = '0' * 64
+    (shared / 'hashes.json').write_text(json.dumps(listed))
+    travelling = json.loads((shared / 'shared.json').read_text())
+    from mmearth.chunks import hash_file
+    (shared / 'shared.json').write_text(json.dumps(travelling | {'hashes.json': hash_file(shared / 'hashes.json')}))
+    with pytest.raises(StoreError, match='1 files differ'): unshare(shared, tmp_path / 'back')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['pack', 'shared']
+
+
+@pytest.mark.parametrize('samples', [7, 12, 24])
+def test_shards_of_any_size_are_shared(samples, store, tmp_path):
+    from mmearth.share import _pieces
+    assert samples % _pieces(samples) == 0 and _pieces(samples) == {7: 7, 12: 12, 24: 12}[samples]
+    made = pack(store, tmp_path / 'pack', samples=samples, modalities='aster')
+    assert content(unshare(share(Pack(made), tmp_path / 'shared'), tmp_path / 'back')) == content(made)
+
+
 def test_another_pack_is_not_overwritten(copy, store):
     before = content(copy)
     for other in (dict(samples=5), dict(samples=10, modalities=['lat']), dict(samples=10, rows=[0, 1])):
@@ -205,6 +279,8 @@ def test_xarray_and_dask_open_it_as_it_is(packed, store):
     cube = xr.open_zarr(packed)
     assert cube.sentinel2.dims == ('sample', 'band_sentinel2', 'y', 'x') and cube.sentinel2.attrs['bands'] == list(store.bands('sentinel2'))
     assert cube.chunks['sample'] == (10, 10, 4)
+    assert {'latitude', 'longitude', 'date', 'level'} <= set(cube.aster.coords) and cube.latitude.units == 'degrees_north'
+    assert (cube.date.values == store.tiles.date).all() and (cube.longitude.values == store.tiles.lon).all()
     for name, x in store.read(np.arange(24)).items():
         assert cube[name].dtype == x.dtype
         np.testing.assert_array_equal(cube[name].values, x)

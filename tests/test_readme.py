@@ -1,10 +1,14 @@
 """Every number of the README's table is in a kept table, every link leads somewhere, every command names something that exists."""
 import re
+import subprocess
+import sys
 
 import pandas as pd
 
 from mmearth.compare import percent, wide_table
+from mmearth.pack import pack
 from mmearth.report import repo_root
+from mmearth.store import Store
 
 ROOT = repo_root()
 README = (ROOT / 'README.md').read_text()
@@ -32,6 +36,19 @@ def test_rates_are_the_kept_ones():
     opens = pd.read_csv(ROOT / 'reports' / 'runs' / 'bench-open-1200000' / 'opens.csv').set_index('what')
     plain = opens.loc['json.load, tile information only']
     assert f'{opens.open_s["first"]:.1f} s the first time' in README and f'{plain.open_s:.0f} s and {plain.peak_gb:.1f} GB' in README
+
+
+def test_the_loop_over_a_pack_runs_as_it_stands(tiny_store, tmp_path):
+    loop, = (block for block in re.findall(r'```python\n(.*?)```', README, re.S) if 'Loader' in block)
+    pack(Store(tiny_store), tmp_path / 'earth_pack')
+    done = subprocess.run([sys.executable, '-c', loop.replace('batch=32', 'batch=8')], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3 and '0 torch.Size([8, 12, 64, 64])' in done.stdout, done.stderr
+
+
+def test_commands_of_the_data_house_exist():
+    from mmearth.cli import app
+    known = {c.name or c.callback.__name__ for c in app.registered_commands}
+    assert set(re.findall(r'^mmearth (\w+)', README, re.M)) <= known
 
 
 def test_modules_named_in_commands_exist():

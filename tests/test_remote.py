@@ -201,7 +201,7 @@ def test_a_damaged_chunk_is_refused_by_row(source, tmp_path):
 def test_bad_questions(server, source, tmp_path):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'a').touch()
-    for error, match, asked in [(FileExistsError, 'not empty', dict(root=tmp_path / 'full')), (IndexError, '90', dict(rows=[90])), (IndexError, '-1', dict(rows=[-1])),
+    for error, match, asked in [(StoreError, 'something else', dict(root=tmp_path / 'full')), (IndexError, '90', dict(rows=[90])), (IndexError, '-1', dict(rows=[-1])),
                                 (ValueError, 'exclude each other', dict(rows=[1], query=dict(level='l1c'))), (StoreError, 'sentinel3: not in the file', dict(modalities=['sentinel3'])),
                                 (ValueError, 'pixel-level', dict(modalities=['lat'])), (ValueError, 'is meant', dict(rows=[])), (ValueError, 'biome', dict(query=dict(biome='Mars')))]:
         with pytest.raises(error, match=match): fetch(url(server, source), **{**dict(root=tmp_path / 'x', progress=False), **asked})
