@@ -72,14 +72,14 @@ class Feed:
         self.loader = Loader(store, self.rows, list(wanted), recipe.batch, recipe.seed, memory=memory)
 
     def batch(self, position:int, # of the first sample in the stream, a multiple of the batch
-             )->tuple[dict, torch.Tensor, np.ndarray]: # decoded batch, mask (N, L), rows of the store
+             )->tuple[dict, torch.Tensor, np.ndarray]: # decoded batch, mask (N, L) on the CPU, rows of the store
         "The batch that starts at a position of the stream."
         r = self.recipe
         if position % r.batch: raise ValueError(f'Feed: position {position} is not the start of a batch of {r.batch}')
         found = self.loader.batch(position // r.batch)
         raw = random_crop(found.to(self.device), r.crop, generator(r.seed, 'crop', position))
         mask = random_mask(r.batch, r.crop // r.patch, r.mask_ratio, generator(r.seed, 'mask', position))
-        return decode(raw, self.store.levels[found.rows], self.scale, device=self.device), mask.to(self.device), found.rows
+        return decode(raw, self.store.levels[found.rows], self.scale, device=self.device), mask, found.rows
 
 # %% ../nbs/21_pretrain.ipynb #build
 def build(recipe:Recipe, store:TileSet)->tuple[MPMAE, Contract]:

@@ -17,6 +17,7 @@ from mmearth.gpu import TRITON
 from mmearth.lean import TORCH, lean_block
 from mmearth.masking import random_mask
 from mmearth.sparse import make_plan
+torch.set_num_threads(1)  # the interpreter serves one thread
 g = torch.Generator().manual_seed(0)
 for side, C, scope, grid, ratio, batch in [(8, 12, 'image', 2, .5, 1), (4, 40, 'batch', 2, .5, 2), (2, 24, 'image', 2, 0., 1), (1, 72, 'image', 4, .6, 2)]:
     plan, block = make_plan(random_mask(batch, grid, ratio, g)), Block(C, scope)

@@ -1,6 +1,7 @@
 """The run notebooks against what they run: parameters are the recipe, recipes and experiments load, real pixels go through."""
 import dataclasses
 import json
+import re
 import shutil
 
 import h5py
@@ -14,7 +15,7 @@ from mmearth.experiment import finished, load_experiment, open_data
 from mmearth.modalities import MODALITIES, Modality, declare
 from mmearth.pretrain import pretrain
 from mmearth.probe import features, probe
-from mmearth.recipe import Recipe, load_recipe, to_dict
+from mmearth.recipe import TASK_SETS, Recipe, load_recipe, to_dict
 from mmearth.report import declared, repo_root
 from mmearth.store import Store
 from mmearth.weights import load_encoder, load_model
@@ -31,6 +32,21 @@ def test_recipes_load_and_say_what_they_cost(path):
     load_recipe(path)
     header = [line for line in path.read_text().split('\n') if line.startswith('#')]
     for word in ('Command:', 'Hardware and time:', 'Expected:'): assert any(word in line for line in header), f'{path.name}: no {word}'
+
+
+@pytest.mark.parametrize('path', sorted((RUNS / 'recipes').glob('pt-*.yaml')), ids=lambda p: p.stem)
+def test_published_recipes_are_what_their_names_say(path):
+    "Names as in the published list of checkpoints (reference 3.7)."
+    tasks, size, amount, side, how, crop, patch = re.fullmatch(r'pt-(all_mod|img_mod|pix_mod|S2|rgb)_(atto|tiny)_(1M|100k)_(64|128)_(\w+)_(\d+)-(\d+)', path.stem).groups()
+    r = load_recipe(path)
+    assert r.tasks == TASK_SETS[dict(all_mod='all', img_mod='image', pix_mod='pixel', S2='s2', rgb='s2')[tasks]]
+    assert (r.bands == ('B2', 'B3', 'B4')) == (tasks == 'rgb') and (tasks == 'rgb' or len(r.bands) == 12)
+    assert (r.size, r.crop, r.patch, r.balance) == (size, int(crop), int(patch), dict(uncertainty='uncertainty', unweighted='sum')[how])
+    assert r.data == f'data_{amount}_v001' + '_64' * (side == '64')
+    assert (r.batch * r.accumulate, r.epochs, r.warmup_epochs, r.blr, r.weight_decay, r.beta2, r.mask_ratio) == (4096, 200, 40, 1.5e-4, 0.05, 0.95, 0.6)
+
+
+def test_all_published_recipes_are_here(): assert len(list((RUNS / 'recipes').glob('pt-*.yaml'))) == 10
 
 
 @pytest.mark.parametrize('path', sorted((RUNS / 'experiments').glob('*.yaml')), ids=lambda p: p.stem)
