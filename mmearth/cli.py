@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download', 'fetch', 'verify', 'card', 'serve', 'synthetic',
-           'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'run', 'experiment']
+           'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'run', 'pretrain',
+           'experiment']
 
 # %% ../nbs/59_cli.ipynb #imports
 import json
@@ -253,6 +254,19 @@ def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:
     if bare: raise ValueError(f'-p {bare[0]}: write KEY=VALUE, as in -p epochs=2')
     words = [w for p in params for w in ('-p', *p.split('=', 1))]
     typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
+
+@app.command()
+def pretrain(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')],
+             params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(), progress:_Progress=True):
+    "Pretrain from a recipe, without a notebook. Under torchrun on several GPUs; stopped by SIGTERM it ends with code 75 and goes on when called again."
+    parse, training, joined = import_module('yaml').safe_load, import_module('mmearth.pretrain'), import_module('mmearth.together')
+    chosen = import_module('mmearth.recipe').load_recipe(recipe, **{k: parse(v) for k, _, v in (p.partition('=') for p in params)})
+    with joined.together():
+        try: run = training.pretrain(chosen, import_module('mmearth.experiment').open_data(chosen.data), out, progress=progress)
+        except joined.Stopped as e:
+            typer.echo(str(e), err=True)
+            raise typer.Exit(75) from None
+        if joined.ranks()[0] == 0: typer.echo(run.checkpoint)
 
 @app.command()
 def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/experiments')], into:Annotated[str, typer.Option(help='folder that receives runs/, tables/ and figures/', show_default=False)]=None,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'parameter_groups', 'check_store', 'Feed', 'build', 'checkpoints', 'latest', 'moments',
-           'restore_moments', 'Log', 'Diverged', 'Trainer', 'pick_device', 'save', 'resume', 'Run', 'log_row',
+           'restore_moments', 'Log', 'Diverged', 'Trainer', 'pick_device', 'settle', 'save', 'resume', 'Run', 'log_row',
            'pretrain', 'pictures']
 
 # %% ../nbs/21_pretrain.ipynb #imports
@@ -16,16 +16,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from .convnext import ConvNeXtV2
 from .dataset import Scale, decode, random_crop
+from .kernels import choose
 from .loader import Loader, generator
 from .masking import mask_to_pixels, random_mask
 from .modalities import modality, select
 from .mpmae import MPMAE, reconstruct
 from .recipe import Recipe, RecipeError, differences, peak_lr, recipe_hash, to_dict, updates
 from .store import LEVELS, TileSet
+from .together import Stopped, anywhere, ranks, signals
 from .weights import Contract, WeightsError, load_into, read_contract, save_weights
 
 # %% ../nbs/21_pretrain.ipynb #schedule
@@ -66,17 +70,19 @@ class Feed:
                  wanted:dict[str, tuple[str, ...]], # modality -> bands, from `MPMAE.wanted`
                  device:torch.device, # where batches are decoded
                  memory:int=2**31, # bytes of raw tiles that may be kept where they cannot be mapped
+                 rank:int=0, # number of this process
+                 world:int=1, # processes that take turns, batch by batch
                 ):
-        self.store, self.recipe, self.device, self.rows = store, recipe, device, store.rows(recipe.split)
+        self.world, self.store, self.recipe, self.device, self.rows = world, store, recipe, device, store.rows(recipe.split)
         self.scale = Scale(store.stats, wanted, {m: store.bands(m) for m in wanted}).to(device)
-        self.loader = Loader(store, self.rows, list(wanted), recipe.batch, recipe.seed, memory=memory)
+        self.loader = Loader(store, self.rows, list(wanted), recipe.batch, recipe.seed, rank, world, memory=memory)
 
     def batch(self, position:int, # of the first sample in the stream, a multiple of the batch
              )->tuple[dict, torch.Tensor, np.ndarray]: # decoded batch, mask (N, L) on the CPU, rows of the store
         "The batch that starts at a position of the stream."
         r = self.recipe
         if position % r.batch: raise ValueError(f'Feed: position {position} is not the start of a batch of {r.batch}')
-        found = self.loader.batch(position // r.batch)
+        found = self.loader.batch(position // r.batch // self.world)
         raw = random_crop(found.to(self.device), r.crop, generator(r.seed, 'crop', position))
         mask = random_mask(r.batch, r.crop // r.patch, r.mask_ratio, generator(r.seed, 'mask', position))
         return decode(raw, self.store.levels[found.rows], self.scale, device=self.device), mask, found.rows
@@ -155,39 +161,43 @@ class Diverged(FloatingPointError):
     "The loss of an update is not finite; names the tasks and the tiles."
 
 class Trainer:
-    "A model, its optimiser and its data; `update(step)` is one optimiser step."
+    "A model, its optimiser and its data; `update(step)` is one optimiser step, shared by the processes of `together`."
     def __init__(self, recipe:Recipe, store:TileSet, out:Path):
-        self.recipe, self.out, self.store = recipe, Path(out), store
-        self.device = torch.device(pick_device() if recipe.device == 'auto' else recipe.device)
-        self.model, self.contract = build(recipe, store)
+        self.recipe, self.out, self.store, (self.rank, self.world) = recipe, Path(out), store, ranks()
+        if recipe.accumulate % self.world: raise RecipeError(f'accumulate: {recipe.accumulate} forward passes are not a multiple of the {self.world} processes; lower batch and raise accumulate')
+        self.device, (self.model, self.contract) = torch.device(pick_device() if recipe.device == 'auto' else recipe.device), build(recipe, store)
         self.model.to(self.device).train()
-        self.feed = Feed(store, recipe, self.model.wanted, self.device)
+        self.shared = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.feed = Feed(store, recipe, self.model.wanted, self.device, rank=self.rank, world=self.world)
         self.total = updates(recipe, len(self.feed.rows))
         self.warmup = round(self.total * min(1., recipe.warmup_epochs / recipe.epochs)) if recipe.epochs else 0
         self.optimiser = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=peak_lr(recipe),
             betas=(recipe.beta1, recipe.beta2), fused=self.device.type == 'cuda')
         half = recipe.precision == 'bf16' or (recipe.precision == 'auto' and self.device.type == 'cuda')
         self.autocast = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if half else nullcontext
-        self.sums, self.count = torch.zeros(2, len(self.model.tasks)), torch.zeros(2)
+        settle(self, 'auto')
+        self.sums, self.count = torch.zeros(2, len(self.model.tasks), device=self.device), torch.zeros(2, device=self.device)
 
     def update(self, step:int)->float:
-        "One optimiser step; returns its loss."
-        r, total = self.recipe, 0.
+        "One optimiser step; returns its loss. The device is waited for once."
+        r, seen = self.recipe, []
         for group in self.optimiser.param_groups: group['lr'] = learning_rate(step, self.total, self.warmup, peak_lr(r), r.min_lr)
-        for micro in range(r.accumulate):
+        for micro in range(self.rank, r.accumulate, self.world):
             batch, mask, rows = self.feed.batch((step * r.accumulate + micro) * r.batch)
-            with self.autocast(): out = self.model(batch, mask)
-            (out.loss / r.accumulate).backward()
-            losses, present, loss = out.losses.detach().cpu(), out.present.cpu(), out.loss.item()
-            if not math.isfinite(loss): self.diverged(step, losses, rows)
-            self.sums += torch.stack([torch.where(present, losses, 0), present.float()])
-            self.count += torch.tensor([loss, 1.])
-            total += loss / r.accumulate
+            with self.shared.no_sync() if self.world > 1 and micro + self.world < r.accumulate else nullcontext():
+                with self.autocast(): out = self.shared(batch, mask)
+                (out.loss * (self.world / r.accumulate)).backward()
+            seen.append((out.loss.detach(), out.losses.detach(), rows.copy()))
+            self.sums += torch.stack([torch.where(out.present, seen[-1][1], 0), out.present.float()])
+            self.count += torch.stack([seen[-1][0], torch.ones_like(seen[-1][0])])
         gradients = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None])
-        if not gradients.isfinite().all(): self.diverged(step, losses, rows, 'the gradient')
+        each, whole = torch.stack([loss for loss, _, _ in seen]).tolist(), gradients.isfinite().all().item()
+        for i, loss in enumerate(each):
+            if not math.isfinite(loss): self.diverged(step, seen[i][1], seen[i][2])
+        if not whole: self.diverged(step, seen[-1][1], seen[-1][2], 'the gradient')
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return total
+        return sum(each) / len(each)
 
     def diverged(self, step:int, losses:torch.Tensor, rows:np.ndarray, what:str='the loss'):
         "Stops with the names of the tasks and tiles at fault."
@@ -202,11 +212,16 @@ def pick_device()->str:
     if torch.cuda.is_available(): return 'cuda'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
+def settle(trainer:Trainer, execution:str): # 'auto', or one of `mmearth.kernels.EXECUTIONS`
+    "Decides how encoder and decoder are computed: other kernels would end in other bits."
+    encoder = trainer.model.encoder
+    with trainer.autocast(): trainer.model.execution = choose(execution, encoder, torch.empty(1, len(encoder.bands), encoder.patch, encoder.patch, device=trainer.device))
+
 # %% ../nbs/21_pretrain.ipynb #save-resume
 def save(trainer:Trainer, step:int)->Path:
     "Writes the checkpoint of a finished number of updates and drops old ones."
     folder = trainer.out / 'checkpoints' / f'step-{step:08d}'
-    state = dict(step=step, device=trainer.device.type, sums=trainer.sums.tolist(), count=trainer.count.tolist())
+    state = dict(step=step, device=trainer.device.type, execution=trainer.model.execution, sums=trainer.sums.tolist(), count=trainer.count.tolist())
     save_weights(folder, trainer.model, trainer.contract, dict(optimiser=moments(trainer.model, trainer.optimiser)), state)
     for old in checkpoints(trainer.out)[:-trainer.recipe.keep]: shutil.rmtree(old.rename(old.with_suffix('.old')))
     return folder
@@ -220,9 +235,11 @@ def resume(trainer:Trainer)->int: # updates already done
     if other: raise RecipeError(f'{trainer.out.name} holds a run of another recipe ({"; ".join(other)}); choose another folder or remove it')
     state = json.loads((folder / 'state.json').read_text())
     if state['device'] != trainer.device.type: raise RecipeError(f'device: {trainer.out.name} was begun on {state["device"]}, this is {trainer.device.type}; name the device in the recipe')
+    try: settle(trainer, state['execution'])
+    except ValueError as e: raise RecipeError(f'{trainer.out.name} was begun with other kernels ({e}); make them available, or begin in another folder') from e
     load_into(trainer.model, folder)
     restore_moments(trainer.model, trainer.optimiser, load_file(folder / 'optimiser.safetensors'))
-    trainer.sums, trainer.count = torch.tensor(state['sums']), torch.tensor(state['count'])
+    trainer.sums, trainer.count = (torch.tensor(state[k], device=trainer.device) * (trainer.rank == 0) for k in ('sums', 'count'))
     return state['step']
 
 # %% ../nbs/21_pretrain.ipynb #pretrain-loop
@@ -234,16 +251,24 @@ class Run:
     updates:int  # updates done
     model:MPMAE  # as trained, on its device
 
+def _gather(trainer:Trainer):
+    "Moves the sums of all processes to the first."
+    for part in (trainer.sums, trainer.count) if trainer.world > 1 else ():
+        dist.all_reduce(part)
+        if trainer.rank: part.zero_()
+
 def log_row(trainer:Trainer, step:int, seconds:float, samples:int)->dict:
     "Means since the last row; resets them."
     r, tasks = trainer.recipe, trainer.model.tasks
-    means = trainer.sums[0] / trainer.sums[1].clamp(min=1)
-    row = dict(step=step, samples=step * r.batch * r.accumulate, lr=trainer.optimiser.param_groups[0]['lr'], loss=(trainer.count[0] / trainer.count[1]).item())
-    row |= {t: m.item() if n else math.nan for t, m, n in zip(tasks, means, trainer.sums[1])}
+    sums, count = trainer.sums.cpu(), trainer.count.cpu()
+    means = sums[0] / sums[1].clamp(min=1)
+    row = dict(step=step, samples=step * r.batch * r.accumulate, lr=trainer.optimiser.param_groups[0]['lr'], loss=(count[0] / count[1]).item())
+    row |= {t: m.item() if n else math.nan for t, m, n in zip(tasks, means, sums[1])}
     if r.balance == 'uncertainty': row |= {f's_{t}': s for t, s in zip(tasks, trainer.model.balance.log_vars.tolist())}
     trainer.sums.zero_(); trainer.count.zero_()
     return row | dict(seconds=seconds, samples_per_second=samples / max(seconds, 1e-9))
 
+# %% ../nbs/21_pretrain.ipynb #loop
 def pretrain(recipe:Recipe, # what to do
              store:TileSet, # on what
              out:Path, # folder of the run
@@ -253,22 +278,32 @@ def pretrain(recipe:Recipe, # what to do
     "Pretrains, or goes on with the run in `out`."
     trainer = Trainer(recipe, store, out)
     trainer.out.mkdir(parents=True, exist_ok=True)
-    done, each = resume(trainer), recipe.batch * recipe.accumulate
+    done, each, first = resume(trainer), recipe.batch * recipe.accumulate, trainer.rank == 0
     stop = min(trainer.total, trainer.total if until is None else until)
-    log, last, since = Log(out, tuple(trainer.model.tasks), done), time.perf_counter(), done
-    with trainer.feed.loader, tqdm(total=trainer.total * each, initial=done * each, unit='sample', unit_scale=True, disable=not progress, desc=f'{recipe.size} {recipe_hash(recipe)}') as bar:
+    log, last, since = Log(out, tuple(trainer.model.tasks), done) if first else None, time.perf_counter(), done
+    def keep():
+        _gather(trainer)
+        if first: save(trainer, done)
+    with trainer.feed.loader, signals() as came, tqdm(total=trainer.total * each, initial=done * each, unit='sample', unit_scale=True, disable=not (progress and first), desc=f'{recipe.size} {recipe_hash(recipe)}') as bar:
         for step in range(done, stop):
             bar.set_postfix(loss=f'{trainer.update(step):.3f}', waited=f'{trainer.feed.loader.waited:.0%}', refresh=False)
             bar.update(each)
             done = step + 1
             if done % recipe.log_every == 0 or done in (1, trainer.total):
+                _gather(trainer)
                 now = time.perf_counter()
-                log.write(log_row(trainer, done, now - last, (done - since) * each))
+                row = log_row(trainer, done, now - last, (done - since) * each)
+                if first: log.write(row)
                 last, since = now, done
-            if done % recipe.save_every == 0 and done < trainer.total: save(trainer, done)
-    log.close()
-    if done == trainer.total and not (trainer.out / 'checkpoints' / f'step-{done:08d}').exists(): save(trainer, done)
-    return Run(latest(out) if checkpoints(out) else None, pd.read_csv(log.path), done, trainer.model.eval())
+            if done % recipe.save_every == 0 and done < trainer.total: keep()
+            if anywhere(bool(came), trainer.device) and done < trainer.total:
+                keep()
+                if first: log.close()
+                raise Stopped(f'{trainer.out.name}: stopped by a signal behind update {done} of {trainer.total}; the same command goes on from there')
+    if first: log.close()
+    if done == trainer.total and first and not (trainer.out / 'checkpoints' / f'step-{done:08d}').exists(): save(trainer, done)
+    if trainer.world > 1: dist.barrier()
+    return Run(latest(out) if checkpoints(out) else None, pd.read_csv(trainer.out / 'log.csv'), done, trainer.model.eval())
 
 # %% ../nbs/21_pretrain.ipynb #pictures
 def pictures(model:MPMAE, feed:Feed, position:int=0)->tuple[dict, dict, np.ndarray]: # truth, prediction: task -> (C, H, W) or (H, W); hidden pixels, bool (H, W)

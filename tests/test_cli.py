@@ -18,7 +18,7 @@ from mmearth.cli import app, conditions, names, numbers
 from mmearth.pack import Pack
 from mmearth.store import Store
 
-COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run experiment'.split()
+COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run pretrain experiment'.split()
 
 
 def call(*words, code=0):

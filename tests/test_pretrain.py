@@ -10,13 +10,14 @@ import time
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mmearth.modalities import TASKS, modality
 from mmearth.pack import Pack, pack
-from mmearth.pretrain import Diverged, Trainer, checkpoints, latest, pretrain
+from mmearth.pretrain import Diverged, Feed, Trainer, checkpoints, latest, pretrain
 from mmearth.recipe import Recipe, RecipeError, save_recipe
 from mmearth.store import Store
 from mmearth.synthetic import write_store
@@ -175,3 +176,73 @@ def test_a_pack_trains_to_the_same_bits_as_its_store(tiny_store, tmp_path):
     packed = Pack(pack(store, tmp_path / 'pack', split='train', samples=7))
     a, b = (pretrain(recipe, source, tmp_path / name, progress=False) for source, name in ((store, 'a'), (packed, 'b')))
     assert same(weights(a.checkpoint), weights(b.checkpoint))
+
+
+TOGETHER = '''
+import sys
+from pathlib import Path
+import torch
+from mmearth.pretrain import pretrain
+from mmearth.recipe import load_recipe
+from mmearth.store import Store
+from mmearth.together import together
+torch.set_num_threads(1)
+with together(): pretrain(load_recipe(sys.argv[1]), Store(sys.argv[2]), Path(sys.argv[3]), progress=False)
+'''
+
+
+def test_two_processes_learn_what_one_learns(tiny_store, tmp_path):
+    recipe = dataclasses.replace(SMALL, batch=2, accumulate=4, epochs=3, log_every=1, save_every=4)
+    one = pretrain(recipe, Store(tiny_store), tmp_path / 'one', progress=False)
+    (tmp_path / 'train.py').write_text(TOGETHER)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', tmp_path / 'train.py', save_recipe(recipe, tmp_path / 'r.yaml'), tiny_store, tmp_path / 'two']
+    done = subprocess.run(launch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two, columns = pd.read_csv(tmp_path / 'two' / 'log.csv'), [c for c in one.log if c not in ('seconds', 'samples_per_second')]
+    assert len(two) == one.updates == 9
+    np.testing.assert_allclose(two[columns], one.log[columns], rtol=2e-3, atol=1e-5)
+    for k, v in weights(one.checkpoint).items(): assert torch.allclose(v, weights(latest(tmp_path / 'two'))[k], atol=2e-3), k
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_processes_share_the_samples_and_none_sees_anothers(world, tiny_store):
+    store, recipe = Store(tiny_store), dataclasses.replace(SMALL, batch=2, accumulate=4, tasks=('lat',))
+    wanted = {t: modality(t).train_bands for t in ('sentinel2', 'lat')}
+    alone = Feed(store, recipe, wanted, torch.device('cpu'))
+    parts = [Feed(store, recipe, wanted, torch.device('cpu'), rank=r, world=world) for r in range(world)]
+    for micro in range(12):
+        mine, theirs = alone.batch(2 * micro), parts[micro % world].batch(2 * micro)
+        assert mine[2].tolist() == theirs[2].tolist() and torch.equal(mine[1], theirs[1]) and torch.equal(mine[0]['sentinel2'], theirs[0]['sentinel2'])
+
+
+def test_more_processes_than_forward_passes_are_refused(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmearth.pretrain.ranks', lambda: (0, 3))
+    with pytest.raises(RecipeError, match='not a multiple of the 3 processes'): Trainer(dataclasses.replace(SMALL, accumulate=4), Store(tiny_store), tmp_path)
+
+
+def test_a_scheduler_may_end_a_run_and_start_it_again(tiny_store, tmp_path):
+    recipe = save_recipe(dataclasses.replace(SMALL, data=str(tiny_store), save_every=1000), tmp_path / 'r.yaml')
+    def command(out): return [sys.executable, '-m', 'mmearth.cli', 'pretrain', recipe, tmp_path / out, '-p', 'epochs=6', '--no-progress']
+    whole = subprocess.run(command('whole'), capture_output=True, text=True)
+    assert whole.returncode == 0 and whole.stdout.strip().endswith('step-00000036')
+    p = subprocess.Popen(command('ended'), stderr=subprocess.PIPE, text=True)
+    log = tmp_path / 'ended' / 'log.csv'
+    while p.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 3): time.sleep(.005)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate()[1]
+    assert p.returncode == 75 and 'the same command goes on from there' in said and len(checkpoints(tmp_path / 'ended')) == 1
+    assert subprocess.run(command('ended'), capture_output=True).returncode == 0
+    assert same(weights(latest(tmp_path / 'ended')), weights(latest(tmp_path / 'whole')))
+    clock = ['seconds', 'samples_per_second']
+    assert pd.read_csv(log).drop(columns=clock).equals(pd.read_csv(tmp_path / 'whole' / 'log.csv').drop(columns=clock))
+
+
+def test_a_run_goes_on_with_the_kernels_it_was_begun_with(tiny_store, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(SMALL, epochs=1, tasks=('lat',), save_every=2)
+    run = pretrain(recipe, Store(tiny_store), tmp_path / 'run', until=3, progress=False)
+    began = run.model.execution
+    assert began in ('numba', 'plain') and json.loads((run.checkpoint / 'state.json').read_text())['execution'] == began
+    monkeypatch.setattr('mmearth.kernels._missing', lambda execution: 'No module named numba' if execution == 'numba' else '')
+    if began == 'numba':
+        with pytest.raises(RecipeError, match='begun with other kernels.*No module named numba'): pretrain(recipe, Store(tiny_store), tmp_path / 'run', progress=False)
+    assert pretrain(recipe, Store(tiny_store), tmp_path / 'fresh', until=1, progress=False).model.execution == 'plain'

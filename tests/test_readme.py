@@ -51,6 +51,23 @@ def test_commands_of_the_data_house_exist():
     assert set(re.findall(r'^mmearth (\w+)', README, re.M)) <= known
 
 
+def test_rates_of_the_encoder_are_the_kept_ones():
+    runs = {n: ROOT / 'reports' / 'runs' / f'bench-encoder-{n}' for n in ('atto-112', 'atto-56', 'tiny-112')}
+    rate = {n: pd.read_csv(r / 'standing.csv').set_index(['what', 'way']).samples_per_s for n, r in runs.items()}
+    memory = pd.read_csv(runs['atto-112'] / 'memory.csv').query('not kept_less').set_index('way').step
+    ways = ('published structure', 'masked', 'plain', 'lean', 'numba')
+    rows = re.findall(r'^\| (?:as the published|all pixels|visible patches)[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$', README, re.M)
+    want = [(f"{rate['atto-112']['encoder', w]:.1f}", f"{rate['atto-112']['step', w]:.1f}", f'{memory[w]:,.0f}', f"{rate['atto-56']['step', w]:.1f}", f"{rate['tiny-112']['step', w]:.1f}") for w in ways]
+    assert rows == want
+
+
+def test_the_encoder_runs_as_it_stands():
+    block, = (b for b in re.findall(r'```python\n(.*?)```', README, re.S) if 'visible_features' in b)
+    here = {}
+    exec(block, here)
+    assert here['features'].shape == (32, 19, 320)
+
+
 def test_modules_named_in_commands_exist():
     for name in set(re.findall(r'-m mmearth\.(\w+)', README)): assert (ROOT / 'mmearth' / f'{name}.py').is_file(), name
     makefile = (ROOT / 'Makefile').read_text()
