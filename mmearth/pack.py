@@ -191,7 +191,7 @@ def pack(source:TileSet, # a store, or another pack
          sound:bool=True, # drop tiles whose pixels are known to be corrupt
          progress:bool=False, # show a bar with rate and time left
         )->Path:
-    "Writes a pack, or goes on with one that was begun; of a finished one, every file is held against its hash and made again where it differs."
+    "Writes a pack, or goes on with one that was begun; what is there already is held against its hash, and made again where it differs."
     if statistics not in ('released', 'measured'): raise ValueError(f"pack: statistics={statistics!r}, 'released' or 'measured' is needed")
     modalities = [modalities] if isinstance(modalities, str) else modalities
     out, names = Path(out), [n for n in modalities or source.modalities if source.bands(n)]
@@ -202,9 +202,11 @@ def pack(source:TileSet, # a store, or another pack
     metas = made['consolidated_metadata']['metadata']
     arrays, facts = {k: Array.of(out / k, v) for k, v in metas.items()}, fact_arrays(source, rows)
     finished, done = _begin(out, made, arrays), read_ledger(out)
-    for key, _ in damaged(out, done, workers, scheduler, progress) if finished else [(k, '') for k in done if not (out / k).is_file()]: del done[key]
+    struck = {key for key, _ in damaged(out, done, workers, scheduler, progress)}
+    for key in struck: del done[key]
     todo = _missing(out, arrays, done)
-    for k, i in todo if finished else (): arrays[k].files[i].unlink(missing_ok=True)
+    for file in (arrays[k].files[i] for k, i in todo):
+        if finished or file.relative_to(out).as_posix() in struck: file.unlink(missing_ok=True)
     small = [k for k in (*(f'{k}/zarr.json' for k in metas), *sides) if k not in done]
     if not todo and not small and finished: return out
     need, free = sum(arrays[n].bytes for n, _ in todo), shutil.disk_usage(out).free

@@ -206,6 +206,17 @@ def test_packing_again_repairs_whatever_was_damaged(file, damage, copy, packed, 
     assert content(copy) == content(packed) and verify_pack(copy) == []
 
 
+def test_what_was_damaged_in_an_unfinished_pack_is_made_again(copy, packed, store):
+    done = json.loads((copy / 'hashes.json').read_text())
+    (copy / 'hashes.json').unlink()
+    (copy / 'zarr.json').rename(copy / 'plan.json')
+    (copy / 'lat' / 'c.1.0').unlink()
+    (copy / 'hashes.part').write_text(''.join(f'\n{k}\t{v}' for k, v in done.items() if k not in ('zarr.json', 'lat/c.1.0')))
+    for file in ('aster/c.1.0.0.0', 'tile_id/c.0.0', 'aster/zarr.json'): (copy / file).write_bytes(b'?' + (copy / file).read_bytes()[1:])
+    pack(store, copy, samples=10)
+    assert content(copy) == content(packed) and verify_pack(copy) == []
+
+
 def test_a_remedy_that_is_named_works(copy, packed, store):
     for file in ('hashes.json', next(copy.glob('*_splits.json')).name):
         (copy / file).unlink()
