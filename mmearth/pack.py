@@ -223,6 +223,18 @@ def pack(source:TileSet, # a store, or another pack
     return out
 
 # %% ../nbs/08_pack.ipynb #verify-pack
+def _hashes(root:Path)->dict[str, str]:
+    "What `hashes.json` says; it can be made again."
+    try: return read_json(root / 'hashes.json')
+    except StoreError as e: raise StoreError(root / 'hashes.json', '', e.problem, 'pack again into the same folder, which makes it again') from e
+
+def _belonging(root:Path)->list[str]:
+    "Files that the description of a pack speaks of."
+    meta = read_json(root / 'zarr.json')
+    arrays = {k: Array.of(root / k, m) for k, m in meta['consolidated_metadata']['metadata'].items()}
+    small = [f'{meta["attributes"]["mmearth"]["stem"]}_{f}.json' for f in ('splits', 'tile_info')]
+    return [*small, *(f'{k}/{f}' for k, a in arrays.items() for f in ('zarr.json', *(c.name for c in a.files)))]
+
 def verify_pack(root, # folder of a pack, or of its form for sharing
                 workers:int=0, # processes
                 scheduler:str|None=None, # address of a Dask scheduler instead
@@ -232,11 +244,14 @@ def verify_pack(root, # folder of a pack, or of its form for sharing
     root = Path(root)
     if not root.is_dir(): raise FileNotFoundError(f'{root}: no such folder')
     if (root / 'plan.json').is_file(): return [('plan.json', 'packing is not finished: pack again into this folder, it goes on where it was')]
-    listed = 'shared.json' if (root / 'pack.json').is_file() else 'hashes.json'
+    shared = (root / 'pack.json').is_file()
+    listed = 'shared.json' if shared else 'hashes.json'
     if not (root / listed).is_file(): return [(listed, 'missing')]
-    hashes = read_json(root / listed)
+    hashes = read_json(root / listed) if shared else _hashes(root)
+    bad = damaged(root, hashes, workers, scheduler, progress)
     there = ['zarr.json', *sorted(p.relative_to(root).as_posix() for p in root.glob('*/c*') if p.is_file())]
-    return [*damaged(root, hashes, workers, scheduler, progress), *((f, 'has no hash') for f in there if f not in hashes)]
+    wanted = dict.fromkeys([*there, *(() if shared or 'zarr.json' not in hashes or 'zarr.json' in dict(bad) else _belonging(root))])
+    return [*bad, *((f, 'has no hash' if (root / f).is_file() else 'missing') for f in wanted if f not in hashes)]
 
 # %% ../nbs/08_pack.ipynb #read-about
 def checked(root:Path, name:str, hashes:dict[str, str])->Path:
@@ -250,7 +265,7 @@ def read_about(root:Path)->tuple[dict, dict[str, str], dict[str, Array]]: # attr
     if (root / 'plan.json').is_file(): raise StoreError(root, '', 'packing is not finished', 'pack again into this folder: it goes on where it was')
     if (root / 'pack.json').is_file(): raise StoreError(root, '', 'a pack in the form for sharing', 'unpack it first: mmearth share --back')
     if not (root / 'hashes.json').is_file(): raise StoreError(root / 'hashes.json', '', 'missing', 'pack again into the same folder, which makes it again; if it never was a pack: mmearth pack makes one')
-    hashes = read_json(root / 'hashes.json')
+    hashes = _hashes(root)
     meta = read_json(checked(root, 'zarr.json', hashes))
     try:
         about = meta['attributes']['mmearth']

@@ -187,12 +187,20 @@ def test_a_file_without_a_hash_is_noticed(copy):
     del hashes['aster/c.1.0.0.0']
     (copy / 'hashes.json').write_text(json.dumps(hashes))
     assert verify_pack(copy) == [('aster/c.1.0.0.0', 'has no hash')]
+    splits = next(copy.glob('*_splits.json')).name
+    del hashes[splits]
+    (copy / 'hashes.json').write_text(json.dumps(hashes))
+    for file in ('aster/c.1.0.0.0', splits): (copy / file).unlink()
+    assert sorted(verify_pack(copy)) == [('aster/c.1.0.0.0', 'missing'), (splits, 'missing')]
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"zarr.json": 3}', 'null'])
 def test_a_broken_ledger_is_refused(copy, text):
     (copy / 'hashes.json').write_text(text)
-    with pytest.raises(StoreError): Pack(copy)
+    with pytest.raises(StoreError, match='pack again into the same folder'): Pack(copy)
+    if text in ('{}', '{"zarr.json": 3}'): assert verify_pack(copy)
+    else:
+        with pytest.raises(StoreError, match='pack again into the same folder'): verify_pack(copy)
 
 
 @pytest.mark.parametrize('file', ['aster/c.1.0.0.0', 'tile_id/c.0.0', 'aster/zarr.json', 'zarr.json', '*_splits.json', '*_tile_info.json', 'hashes.json'])
