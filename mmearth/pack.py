@@ -191,7 +191,7 @@ def pack(source:TileSet, # a store, or another pack
          sound:bool=True, # drop tiles whose pixels are known to be corrupt
          progress:bool=False, # show a bar with rate and time left
         )->Path:
-    "Writes a pack, or goes on with one that was begun; of a finished one, every file is held against its hash and made again where it differs."
+    "Writes a pack, or goes on with one that was begun; what is there already is held against its hash, and made again where it differs."
     if statistics not in ('released', 'measured'): raise ValueError(f"pack: statistics={statistics!r}, 'released' or 'measured' is needed")
     modalities = [modalities] if isinstance(modalities, str) else modalities
     out, names = Path(out), [n for n in modalities or source.modalities if source.bands(n)]
@@ -202,9 +202,11 @@ def pack(source:TileSet, # a store, or another pack
     metas = made['consolidated_metadata']['metadata']
     arrays, facts = {k: Array.of(out / k, v) for k, v in metas.items()}, fact_arrays(source, rows)
     finished, done = _begin(out, made, arrays), read_ledger(out)
-    for key, _ in damaged(out, done, workers, scheduler, progress) if finished else [(k, '') for k in done if not (out / k).is_file()]: del done[key]
+    struck = {key for key, _ in damaged(out, done, workers, scheduler, progress)}
+    for key in struck: del done[key]
     todo = _missing(out, arrays, done)
-    for k, i in todo if finished else (): arrays[k].files[i].unlink(missing_ok=True)
+    for file in (arrays[k].files[i] for k, i in todo):
+        if finished or file.relative_to(out).as_posix() in struck: file.unlink(missing_ok=True)
     small = [k for k in (*(f'{k}/zarr.json' for k in metas), *sides) if k not in done]
     if not todo and not small and finished: return out
     need, free = sum(arrays[n].bytes for n, _ in todo), shutil.disk_usage(out).free
@@ -221,6 +223,18 @@ def pack(source:TileSet, # a store, or another pack
     return out
 
 # %% ../nbs/08_pack.ipynb #verify-pack
+def _hashes(root:Path)->dict[str, str]:
+    "What `hashes.json` says; it can be made again."
+    try: return read_json(root / 'hashes.json')
+    except StoreError as e: raise StoreError(root / 'hashes.json', '', e.problem, 'pack again into the same folder, which makes it again') from e
+
+def _belonging(root:Path)->list[str]:
+    "Files that the description of a pack speaks of."
+    meta = read_json(root / 'zarr.json')
+    arrays = {k: Array.of(root / k, m) for k, m in meta['consolidated_metadata']['metadata'].items()}
+    small = [f'{meta["attributes"]["mmearth"]["stem"]}_{f}.json' for f in ('splits', 'tile_info')]
+    return [*small, *(f'{k}/{f}' for k, a in arrays.items() for f in ('zarr.json', *(c.name for c in a.files)))]
+
 def verify_pack(root, # folder of a pack, or of its form for sharing
                 workers:int=0, # processes
                 scheduler:str|None=None, # address of a Dask scheduler instead
@@ -230,11 +244,14 @@ def verify_pack(root, # folder of a pack, or of its form for sharing
     root = Path(root)
     if not root.is_dir(): raise FileNotFoundError(f'{root}: no such folder')
     if (root / 'plan.json').is_file(): return [('plan.json', 'packing is not finished: pack again into this folder, it goes on where it was')]
-    listed = 'shared.json' if (root / 'pack.json').is_file() else 'hashes.json'
+    shared = (root / 'pack.json').is_file()
+    listed = 'shared.json' if shared else 'hashes.json'
     if not (root / listed).is_file(): return [(listed, 'missing')]
-    hashes = read_json(root / listed)
+    hashes = read_json(root / listed) if shared else _hashes(root)
+    bad = damaged(root, hashes, workers, scheduler, progress)
     there = ['zarr.json', *sorted(p.relative_to(root).as_posix() for p in root.glob('*/c*') if p.is_file())]
-    return [*damaged(root, hashes, workers, scheduler, progress), *((f, 'has no hash') for f in there if f not in hashes)]
+    wanted = dict.fromkeys([*there, *(() if shared or 'zarr.json' not in hashes or 'zarr.json' in dict(bad) else _belonging(root))])
+    return [*bad, *((f, 'has no hash' if (root / f).is_file() else 'missing') for f in wanted if f not in hashes)]
 
 # %% ../nbs/08_pack.ipynb #read-about
 def checked(root:Path, name:str, hashes:dict[str, str])->Path:
@@ -248,7 +265,7 @@ def read_about(root:Path)->tuple[dict, dict[str, str], dict[str, Array]]: # attr
     if (root / 'plan.json').is_file(): raise StoreError(root, '', 'packing is not finished', 'pack again into this folder: it goes on where it was')
     if (root / 'pack.json').is_file(): raise StoreError(root, '', 'a pack in the form for sharing', 'unpack it first: mmearth share --back')
     if not (root / 'hashes.json').is_file(): raise StoreError(root / 'hashes.json', '', 'missing', 'pack again into the same folder, which makes it again; if it never was a pack: mmearth pack makes one')
-    hashes = read_json(root / 'hashes.json')
+    hashes = _hashes(root)
     meta = read_json(checked(root, 'zarr.json', hashes))
     try:
         about = meta['attributes']['mmearth']

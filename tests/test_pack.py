@@ -187,12 +187,20 @@ def test_a_file_without_a_hash_is_noticed(copy):
     del hashes['aster/c.1.0.0.0']
     (copy / 'hashes.json').write_text(json.dumps(hashes))
     assert verify_pack(copy) == [('aster/c.1.0.0.0', 'has no hash')]
+    splits = next(copy.glob('*_splits.json')).name
+    del hashes[splits]
+    (copy / 'hashes.json').write_text(json.dumps(hashes))
+    for file in ('aster/c.1.0.0.0', splits): (copy / file).unlink()
+    assert sorted(verify_pack(copy)) == [('aster/c.1.0.0.0', 'missing'), (splits, 'missing')]
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"zarr.json": 3}', 'null'])
 def test_a_broken_ledger_is_refused(copy, text):
     (copy / 'hashes.json').write_text(text)
-    with pytest.raises(StoreError): Pack(copy)
+    with pytest.raises(StoreError, match='pack again into the same folder'): Pack(copy)
+    if text in ('{}', '{"zarr.json": 3}'): assert verify_pack(copy)
+    else:
+        with pytest.raises(StoreError, match='pack again into the same folder'): verify_pack(copy)
 
 
 @pytest.mark.parametrize('file', ['aster/c.1.0.0.0', 'tile_id/c.0.0', 'aster/zarr.json', 'zarr.json', '*_splits.json', '*_tile_info.json', 'hashes.json'])
@@ -202,6 +210,17 @@ def test_packing_again_repairs_whatever_was_damaged(file, damage, copy, packed, 
     text = path.read_bytes()
     if damage == 'gone': path.unlink()
     else: path.write_bytes(text[:20] + b'?' + text[21:] if damage == 'another byte' else b'')
+    pack(store, copy, samples=10)
+    assert content(copy) == content(packed) and verify_pack(copy) == []
+
+
+def test_what_was_damaged_in_an_unfinished_pack_is_made_again(copy, packed, store):
+    done = json.loads((copy / 'hashes.json').read_text())
+    (copy / 'hashes.json').unlink()
+    (copy / 'zarr.json').rename(copy / 'plan.json')
+    (copy / 'lat' / 'c.1.0').unlink()
+    (copy / 'hashes.part').write_text(''.join(f'\n{k}\t{v}' for k, v in done.items() if k not in ('zarr.json', 'lat/c.1.0')))
+    for file in ('aster/c.1.0.0.0', 'tile_id/c.0.0', 'aster/zarr.json'): (copy / file).write_bytes(b'?' + (copy / file).read_bytes()[1:])
     pack(store, copy, samples=10)
     assert content(copy) == content(packed) and verify_pack(copy) == []
 
