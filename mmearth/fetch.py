@@ -7,6 +7,7 @@ __all__ = ['as_stored', 'take', 'put', 'find_rows', 'choose', 'fetch']
 
 # %% ../nbs/06e_fetch.ipynb #imports
 import json, shutil, zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from .index import query as find_tiles, read_tile_info
 from .modalities import MODALITIES
-from .remote import Ranges, RemoteFile, bring, opened
+from .remote import Interrupted, Ranges, RemoteFile, bring, opened
 from .store import StoreError, read_json, read_rows
 
 # %% ../nbs/06e_fetch.ipynb #take
@@ -148,11 +149,19 @@ def _arrived(root:Path, stem:str, plan:dict)->bool:
     if took.get('plan') != plan: raise StoreError(root, '', 'exists and holds something else', 'remove it, or choose another folder')
     return True
 
-def _begin(part:Path, plan:dict):
-    "Makes the working folder; what another plan, or another version of the file, left in it is removed."
-    if part.is_dir() and not (part / 'plan.json').is_file() or part.is_dir() and read_json(part / 'plan.json') != plan: shutil.rmtree(part)
+@contextmanager
+def _working(part:Path, plan:str, remote:RemoteFile):
+    "Makes the working folder, without what another plan or another version of the file left in it; a refusal before the first tiles leaves nothing."
+    lack = [p for p in part.parents if not p.exists()]
+    if part.is_dir() and not ((part / 'plan.json').is_file() and (part / 'plan.json').read_text() == plan): shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
-    (part / 'plan.json').write_text(json.dumps(plan))
+    (part / 'plan.json').write_text(plan)
+    try: yield
+    except Exception as e:
+        if not isinstance(remote.failure or e, Interrupted) and not list(part.glob('rows-*.npz')):
+            shutil.rmtree(part)
+            for p in lack: p.rmdir()
+        raise
 
 # %% ../nbs/06e_fetch.ipynb #batches
 def _batches(remote:RemoteFile, f:h5py.File, part:Path, names:list[str], rows:np.ndarray, batch:int, progress:bool):
@@ -189,20 +198,17 @@ def fetch(url:str, # of the .h5 file, or of its folder when `stem` is given; the
         asked = dict(rows=None if rows is None else np.asarray(rows).tolist(), tile_ids=None if tile_ids is None else [str(t) for t in tile_ids], query=query)
         plan = json.loads(json.dumps(dict(url=remote.url, tag=remote.tag, names=names, **asked), default=lambda x: np.asarray(x).tolist()))
         if _arrived(root, stem, plan): return root
-        _begin(part, plan | dict(batch=batch))
-        for kind in ('band_stats.json', 'splits.json', 'tile_info.json'): _download(f'{base}/{stem}_{kind}', part / f'{stem}_{kind}', side, **how)
-        try: _download(f'{base}/{stem}_labels.csv', part / f'{stem}_labels.csv', side, **how)
-        except StoreError as e:
-            if not e.problem.startswith('HTTP 404'): raise
-        tiles = read_tile_info(part / f'{stem}_tile_info.json')
-        try: found = choose(remote, f, tiles, rows, tile_ids, query)
-        except (ValueError, IndexError, KeyError, StoreError):
-            if not list(part.glob('rows-*')): shutil.rmtree(part)
-            raise
-        (out := part / 'store').mkdir(exist_ok=True)
-        paths = list(_batches(remote, f, part, names, found, batch, progress))
-        with h5py.File(out / f'{stem}.h5', 'w') as h: put(h, names, (dict(np.load(p)) for p in paths), f, [*range(0, len(found), batch), len(found)])
-        _side_files(part, out, stem, found, tiles)
+        with _working(part, json.dumps(plan | dict(batch=batch)), remote):
+            for kind in ('band_stats.json', 'splits.json', 'tile_info.json'): _download(f'{base}/{stem}_{kind}', part / f'{stem}_{kind}', side, **how)
+            try: _download(f'{base}/{stem}_labels.csv', part / f'{stem}_labels.csv', side, **how)
+            except StoreError as e:
+                if not e.problem.startswith('HTTP 404'): raise
+            tiles = read_tile_info(part / f'{stem}_tile_info.json')
+            found = choose(remote, f, tiles, rows, tile_ids, query)
+            (out := part / 'store').mkdir(exist_ok=True)
+            paths = list(_batches(remote, f, part, names, found, batch, progress))
+            with h5py.File(out / f'{stem}.h5', 'w') as h: put(h, names, (dict(np.load(p)) for p in paths), f, [*range(0, len(found), batch), len(found)])
+            _side_files(part, out, stem, found, tiles)
         took = dict(url=remote.url, tag=remote.tag, tiles=len(found), of=len(f['metadata']), modalities=names[1:], requests=remote.requests + side['requests'], bytes=remote.bytes + side['bytes'], side_bytes=side['bytes'], whole_bytes=remote.size, plan=plan)
     (out / f'{stem}_fetch.json').write_text(json.dumps(took, indent=1))
     if root.is_dir(): root.rmdir()

@@ -245,6 +245,24 @@ def test_another_plan_or_another_file_begins_anew(source, tmp_path):
     server.shutdown()
 
 
+@pytest.mark.parametrize('wrong', ['no splits', 'tile information cut short', 'a damaged chunk', 'a row too many'])
+def test_a_refusal_leaves_nothing(source, tmp_path, wrong):
+    root = tmp_path / 'shelf'
+    root.mkdir()
+    for p in source.paths.values(): (root / p.name).write_bytes(p.read_bytes())
+    if wrong == 'no splits': (root / source.paths['splits'].name).unlink()
+    if wrong == 'tile information cut short': os.truncate(root / source.paths['tile_info'].name, 1000)
+    if wrong == 'a damaged chunk':
+        c = source.file['sentinel2'].id.get_chunk_info_by_coord((5, 0, 0, 0))
+        with (root / source.path.name).open('r+b') as f:
+            f.seek(c.byte_offset)
+            f.write(b'\xff' * c.size)
+    server = serve(root)
+    with pytest.raises((StoreError, IndexError)): fetch(url(server, source), tmp_path / 'new' / 'folder' / 'x', rows=[5, 90] if wrong == 'a row too many' else [5], progress=False, **FAST)
+    assert [p.name for p in tmp_path.iterdir()] == ['shelf']
+    server.shutdown()
+
+
 def test_remote_file_reads_like_a_file(server, source):
     data, rng = source.path.read_bytes(), np.random.default_rng(0)
     with RemoteFile(url(server, source), block=1000, cache=5000) as f:
