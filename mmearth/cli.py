@@ -107,9 +107,10 @@ def fetch(url:Annotated[str, typer.Argument(help='address of the .h5 file; its s
           modalities:_Modalities=None, box:_Box=None, biome:_Biome=None, eco_region:_EcoRegion=None, month:_Month=None, year:_Year=None, level:_Level=None, has:_Has=None, progress:_Progress=True):
     "Fetch part of a store on a server. Tiles by row, id or query, and modalities, without the rest; goes on where it was interrupted."
     query = conditions(box, biome, eco_region, month, year, level, has) or None
+    there = 'already there, ' if any(root.glob('*_fetch.json')) else ''
     made = import_module('mmearth.fetch').fetch(url, root, stem, numbers(rows), names(tile_ids), query, names(modalities), progress=progress)
     took = json.loads(next(made.glob('*_fetch.json')).read_text())
-    typer.echo(f'{made}: {took["tiles"]} of {took["of"]} tiles, {_size(took["bytes"])} of {_size(took["whole_bytes"])} in {took["requests"]} requests')
+    typer.echo(f'{made}: {there}{took["tiles"]} of {took["of"]} tiles, {_size(took["bytes"])} of {_size(took["whole_bytes"])} in {took["requests"]} requests')
 
 @app.command()
 def verify(root:Annotated[Path, typer.Argument(metavar='DIR', help='data folder, store or pack; $MMEARTH_DIR by default', show_default=False)]=None,

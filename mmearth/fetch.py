@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .index import query as find_tiles, read_tile_info
 from .modalities import MODALITIES
 from .remote import Interrupted, Ranges, RemoteFile, bring, opened
-from .store import StoreError, read_json, read_rows
+from .store import Store, StoreError, read_json, read_rows
 
 # %% ../nbs/06e_fetch.ipynb #take
 def as_stored(ds:h5py.Dataset)->bool:
@@ -147,6 +147,8 @@ def _arrived(root:Path, stem:str, plan:dict)->bool:
     if not root.exists() or root.is_dir() and not any(root.iterdir()): return False
     took = read_json(root / f'{stem}_fetch.json') if (root / f'{stem}_fetch.json').is_file() else {}
     if took.get('plan') != plan: raise StoreError(root, '', 'exists and holds something else', 'remove it, or choose another folder')
+    try: Store(root, stem).close()
+    except StoreError as e: raise StoreError(root, '', f'holds what was fetched, but no longer whole ({e.path}: {e.problem})', 'remove it, and fetch again') from e
     return True
 
 @contextmanager

@@ -139,7 +139,10 @@ def test_fetch(tiny_store, tmp_path):
     said = call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress')
     assert re.search(r': \d+ of 24 tiles, [\d.]+ kB of [\d.]+ MB in \d+ requests', said)
     assert Store(tmp_path / 'x').tile_ids == [source.tile_ids[r] for r in source.query(level='l2a')]
-    assert call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress') == said
+    assert call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress') == said.replace(': ', ': already there, ', 1)
+    (tmp_path / 'x' / source.path.name).rename(tmp_path / 'kept.h5')
+    assert re.search(r'x: .*no longer whole.*; remove it, and fetch again', call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress', code=1))
+    (tmp_path / 'kept.h5').rename(tmp_path / 'x' / source.path.name)
     assert 'holds something else' in call('fetch', url(server, source), tmp_path / 'x', '--level', 'l1c', '--no-progress', code=1)
     assert 'loosen the query' in call('fetch', url(server, source), tmp_path / 'y', '--year', '1999', '--no-progress', code=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x']
