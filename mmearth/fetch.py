@@ -94,7 +94,7 @@ def choose(remote:RemoteFile, f:h5py.File, tiles, # of `read_tile_info`
            rows=None, tile_ids=None, query:dict|None=None)->np.ndarray: # ascending
     "Rows that are meant by exactly one of: row numbers, tile ids, or the conditions of a query."
     n = len(f['metadata'])
-    if sum(x is not None for x in (rows, tile_ids, query)) > 1: raise ValueError('rows, tile_ids and query exclude each other: give one of them, or none for all tiles')
+    if sum(x is not None for x in (rows, tile_ids, query)) > 1: raise ValueError('rows, tile_ids and query (on the command line --rows, --tile-ids, and conditions such as --biome) exclude each other: give one of them, or none for all tiles')
     if tile_ids is None and query is None:
         rows = np.unique(np.arange(n) if rows is None else np.asarray(rows, np.int64))
         if len(rows) and not 0 <= rows[0] <= rows[-1] < n: raise IndexError(f'rows {rows[0]} to {rows[-1]} asked for, {remote.url} has {n}')
@@ -139,7 +139,7 @@ def _names(f:h5py.File, url:str, modalities)->list[str]:
     lost = [m for m in modalities or () if m not in here]
     if 'metadata' not in f or lost: raise StoreError(url, (lost or ['metadata'])[0], 'not in the file', f'it has {", ".join(here)}')
     names = here if modalities is None else [k for k in here if k in modalities]
-    if not any(MODALITIES[k].level == 'pixel' for k in names): raise ValueError('a store needs a pixel-level modality: add one, as in modalities=["sentinel2", ...]')
+    if not any(MODALITIES[k].level == 'pixel' for k in names): raise ValueError('a store needs a pixel-level modality: add one, such as sentinel2, to modalities (on the command line --modalities)')
     return ['metadata', *names]
 
 def _arrived(root:Path, stem:str, plan:dict)->bool:
@@ -193,7 +193,7 @@ def fetch(url:str, # of the .h5 file, or of its folder when `stem` is given; the
     "Writes a store of some tiles and modalities of a store on a server; interrupted, the same call goes on where it was."
     base, _, name = str(url).rstrip('/').rpartition('/') if str(url).endswith('.h5') else (str(url).rstrip('/'), '', f'{stem}.h5')
     root, stem = Path(root), name.removesuffix('.h5')
-    if stem == 'None': raise ValueError(f'{url} is a folder: name its store, as in stem="data_1M_v001_64"')
+    if stem == 'None': raise ValueError(f'{url} is a folder: name its store with stem (on the command line --stem), as in data_1M_v001_64, or end the address in .h5')
     part, side = root.parent / f'.{root.name}.part', dict(bytes=0, requests=0)
     with RemoteFile(f'{base}/{stem}.h5', **how) as remote, opened(remote) as f:
         names = _names(f, remote.url, modalities)

@@ -72,9 +72,9 @@ def _whole(answer:requests.Response, url:str, start:int)->tuple: # what identifi
     "Refuses an answer that does not begin a range at `start`; a passing trouble of the server is a ConnectionError."
     status, told = answer.status_code, re.fullmatch(r'bytes (\d+)-(\d+)/(\d+)', answer.headers.get('Content-Range', ''))
     if status in (408, 425, 429) or status >= 500: raise requests.ConnectionError(f'HTTP {status} {answer.reason}')
-    if status == 200: raise StoreError(url, '', f'the server sends whole files only ({answer.headers.get("Content-Type", "no type")}), no byte ranges', 'check the address, or download the whole file: mmearth download')
+    if status == 200: raise StoreError(url, '', f'the server sends whole files only ({answer.headers.get("Content-Type", "no type")}), no byte ranges', f'check the address, or take the whole file: curl -LO {url}')
     if status != 206: raise StoreError(url, '', f'HTTP {status} {answer.reason}', 'check the address; if it worked before, the file changed')
-    if not told or int(told[1]) != start: raise StoreError(url, '', f'bytes from {start} were asked for, the server answers {answer.headers.get("Content-Range")!r}', 'download the whole file: mmearth download')
+    if not told or int(told[1]) != start: raise StoreError(url, '', f'bytes from {start} were asked for, the server answers {answer.headers.get("Content-Range")!r}', f'take the whole file: curl -LO {url}')
     return int(told[3]), answer.headers.get('ETag'), answer.headers.get('Last-Modified')
 
 def _ordered(f, parts, threads:int):
@@ -124,7 +124,7 @@ class Ranges:
             tries = 0 if len(got) > before else tries + 1
             if tries > self.retries: raise Interrupted(self.url, '', f'bytes {start + before} to {stop} do not arrive ({why})', 'check the connection and call again: what is here is kept')
             if tries: time.sleep(min(self.pause * 2 ** (tries - 1), 10))
-        if len(got) > stop - start: raise StoreError(self.url, '', f'{len(got)} bytes came where {stop - start} were asked for', 'download the whole file: mmearth download')
+        if len(got) > stop - start: raise StoreError(self.url, '', f'{len(got)} bytes came where {stop - start} were asked for', f'take the whole file: curl -LO {self.url}')
         return bytes(got)
 
     def many(self, spans):

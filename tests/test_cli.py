@@ -144,6 +144,9 @@ def test_fetch(tiny_store, tmp_path):
     assert re.search(r'x: .*no longer whole.*; remove it, and fetch again', call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress', code=1))
     (tmp_path / 'kept.h5').rename(tmp_path / 'x' / source.path.name)
     assert 'holds something else' in call('fetch', url(server, source), tmp_path / 'x', '--level', 'l1c', '--no-progress', code=1)
+    for words, option in ((('--rows', '0', '--level', 'l1c'), '--rows, --tile-ids'), (('--modalities', 'lat'), '--modalities')):
+        assert option in call('fetch', url(server, source), tmp_path / 'y', *words, '--no-progress', code=1)
+    assert '--stem' in call('fetch', server.url, tmp_path / 'y', code=1)
     assert 'loosen the query' in call('fetch', url(server, source), tmp_path / 'y', '--year', '1999', '--no-progress', code=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x']
     server.shutdown()

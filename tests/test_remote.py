@@ -170,6 +170,7 @@ def test_a_server_that_cannot_be_trusted_leaves_nothing(server, source, tmp_path
     server.mood = mood
     with pytest.raises(StoreError, match=WRONG[mood]) as e: fetch(url(server, source), tmp_path / 'x', rows=range(30), progress=False, **FAST)
     assert server.url in str(e.value) and e.value.remedy
+    assert (mood in ('ignorant', 'shifted', 'no content-range')) == (f'curl -LO {server.url}' in e.value.remedy)  # `mmearth download` knows the files of the manifest only
     assert not (tmp_path / 'x').exists()
 
 
