@@ -8,6 +8,7 @@ __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download',
 
 # %% ../nbs/59_cli.ipynb #imports
 import json
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -40,19 +41,20 @@ def names(text:str|None)->list[str]|None: # None stays None
 
 def numbers(text:str|None, kind=int, what:str='numbers', wrap:int=0)->list|None: # None stays None
     "'1,4,10-12' as numbers; ranges (whole numbers only) include their end, and go over it where they `wrap`: months 11-2."
-    found = []
+    found, like = [], f'give {what} as in 1,4,10-12' if kind is int else f'give {what} joined by commas'
     for word in names(text) or ():
-        first, dash, last = word.partition('-') if kind is int and not word.startswith('-') else (word, '', '')
-        try: some = [(i - 1) % wrap + 1 if wrap else i for i in range(int(first), int(last) + 1 + (wrap if int(last) < int(first) else 0))] if dash else [kind(first)]
-        except ValueError: some = []
-        if not some: raise ValueError(f'{word!r} is no number: give {what} as in 1,4,10-12' if kind is int else f'{word!r} is no number: give {what} joined by commas')
-        found += some
+        ends = re.fullmatch(r'(\d+) *- *(\d+)', word) if kind is int else None
+        try: first, last = map(int, ends.groups()) if ends else [kind(word)] * 2
+        except ValueError: raise ValueError(f'{word!r} is no number: {like}') from None
+        if wrap and not 1 <= min(first, last) <= max(first, last) <= wrap: raise ValueError(f'{word!r}: give {what} from 1 to {wrap}')
+        if last < first and not wrap: raise ValueError(f'{word!r} counts backwards: write {last}-{first}')
+        found += [(i - 1) % wrap + 1 if wrap else i for i in range(first, last + 1 + wrap * (last < first))] if ends else [first]
     return found if text is not None else None
 
 def conditions(box:str|None, biome:str|None, eco_region:str|None, month:str|None, year:str|None, level:str|None, has:str|None)->dict:
     "The conditions of `mmearth.index.query` that were given."
     kinds = lambda text: text and [int(w) if w.isdigit() else w for w in names(text)]
-    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month, wrap=12), year=numbers(year), level=names(level), has=names(has))
+    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month, what='months', wrap=12), year=numbers(year), level=names(level), has=names(has))
     return {k: v for k, v in given.items() if v is not None}
 
 # %% ../nbs/59_cli.ipynb #option-types

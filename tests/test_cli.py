@@ -195,6 +195,10 @@ def test_words():
     assert conditions(None, '3,Tundra', None, None, None, None, None) == dict(biome=[3, 'Tundra'])
     for bad in ('a', '1-', '1--2', '1.5'):
         with pytest.raises(ValueError, match='no number'): numbers(bad)
+    assert numbers('11-2,5', wrap=12) == [11, 12, 1, 2, 5] and numbers('3 - 5') == [3, 4, 5]
+    for bad in ('11-14', '0-3', '13', '0'):
+        with pytest.raises(ValueError, match='months from 1 to 12'): conditions(None, None, None, bad, None, None, None)
+    with pytest.raises(ValueError, match='write 2018-2020'): conditions(None, None, None, None, '2020-2018', None, None)
 
 
 def test_a_real_process_and_ctrl_c(tiny_store, tmp_path):
