@@ -739,6 +739,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.remote.RemoteFile.tell': ('remote.html#remotefile.tell', 'mmearth/remote.py'),
                                 'mmearth.remote.Shelf': ('remote.html#shelf', 'mmearth/remote.py'),
                                 'mmearth.remote.Shelf.do_GET': ('remote.html#shelf.do_get', 'mmearth/remote.py'),
+                                'mmearth.remote.Shelf.do_HEAD': ('remote.html#shelf.do_head', 'mmearth/remote.py'),
                                 'mmearth.remote.Shelf.log_message': ('remote.html#shelf.log_message', 'mmearth/remote.py'),
                                 'mmearth.remote.Shelf.log_request': ('remote.html#shelf.log_request', 'mmearth/remote.py'),
                                 'mmearth.remote.Shelf.send_body': ('remote.html#shelf.send_body', 'mmearth/remote.py'),

@@ -143,7 +143,7 @@ def card(dataset:Annotated[str, typer.Argument(help='as in MMEarth64')],
 
 # %% ../nbs/59_cli.ipynb #give-commands
 @app.command()
-def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', help='no line for each request')]=False):
+def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no line for each request')]=False):
     "Serve a folder, byte ranges included. What `fetch` on another machine reads; until Ctrl-C. Names that begin with a dot are not served."
     if not root.is_dir(): raise FileNotFoundError(f'{root}: no such folder')
     address, server = import_module('mmearth.remote').serve(root, host, port, told=None if quiet else lambda line: typer.echo(line, err=True))
@@ -250,7 +250,7 @@ def share(root:Annotated[Path, typer.Argument(metavar='PACK', help='a pack; or, 
 @app.command()
 def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='reports/runs/RUN_ID is made')],
         params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a parameter of the notebook; may be repeated', show_default=False)]=(),
-        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters', show_default=False)]=None, quiet:Annotated[bool, typer.Option('-q', help='no bar')]=False):
+        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters', show_default=False)]=None, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
     "Execute a run notebook and keep it. Parameters are checked against those it declares."
     bare = [p for p in params if '=' not in p]
     if bare: raise ValueError(f'-p {bare[0]}: write KEY=VALUE, as in -p epochs=2')

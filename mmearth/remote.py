@@ -39,9 +39,14 @@ class Shelf(SimpleHTTPRequestHandler):
         self.send_header('ETag', f'"{path.stat().st_mtime_ns}"')
         if asked: self.send_header('Content-Range', f'bytes {start}-{stop - 1}/{size}')
         self.end_headers()
+        if self.command == 'HEAD': return
         with path.open('rb') as f:
             f.seek(start)
             self.send_body(f, stop - start)
+
+    def do_HEAD(self):
+        "The same without the bytes."
+        self.do_GET()
 
     def send_body(self, f, length:int):
         "Sends the next `length` bytes of an open file."

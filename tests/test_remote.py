@@ -14,9 +14,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import requests
 
 from mmearth.fetch import fetch
 from mmearth.remote import Ranges, RemoteFile, coalesce
+from mmearth.remote import serve as shelf
 from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
 
@@ -275,6 +277,18 @@ def test_remote_file_reads_like_a_file(server, source):
             if rng.random() < .1: f.forget()
         assert f.seek(0, 2) == len(data) and f.read(5) == b''
         assert f.bytes > 0 and f.requests > 10
+
+
+def test_nothing_hidden_is_served_and_every_request_is_told(tmp_path):
+    (tmp_path / '.git').mkdir()
+    for name in ('.git/config', '.env', 'a.h5'): (tmp_path / name).write_text(name)
+    told = []
+    address, server = shelf(tmp_path, told=told.append)
+    for name in ('.git/config', '.git/', '.git', '.env', '%2egit/config', '', 'b.h5'):
+        for ask in (requests.get, requests.head): assert ask(f'{address}/{name}').status_code == 404, name
+    assert requests.get(f'{address}/a.h5').content == b'a.h5' and requests.head(f'{address}/a.h5').headers['Content-Length'] == '4'
+    assert len(told) == 16 and told[-2:] == ['127.0.0.1 200 /a.h5'] * 2
+    server.shutdown()
 
 
 def test_coalesce_covers_and_is_sorted():
