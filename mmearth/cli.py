@@ -9,6 +9,7 @@ __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download',
 
 # %% ../nbs/59_cli.ipynb #imports
 import json
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -41,19 +42,20 @@ def names(text:str|None)->list[str]|None: # None stays None
 
 def numbers(text:str|None, kind=int, what:str='numbers', wrap:int=0)->list|None: # None stays None
     "'1,4,10-12' as numbers; ranges (whole numbers only) include their end, and go over it where they `wrap`: months 11-2."
-    found = []
+    found, like = [], f'give {what} as in 1,4,10-12' if kind is int else f'give {what} joined by commas'
     for word in names(text) or ():
-        first, dash, last = word.partition('-') if kind is int and not word.startswith('-') else (word, '', '')
-        try: some = [(i - 1) % wrap + 1 if wrap else i for i in range(int(first), int(last) + 1 + (wrap if int(last) < int(first) else 0))] if dash else [kind(first)]
-        except ValueError: some = []
-        if not some: raise ValueError(f'{word!r} is no number: give {what} as in 1,4,10-12' if kind is int else f'{word!r} is no number: give {what} joined by commas')
-        found += some
+        ends = re.fullmatch(r'(\d+) *- *(\d+)', word) if kind is int else None
+        try: first, last = map(int, ends.groups()) if ends else [kind(word)] * 2
+        except ValueError: raise ValueError(f'{word!r} is no number: {like}') from None
+        if wrap and not 1 <= min(first, last) <= max(first, last) <= wrap: raise ValueError(f'{word!r}: give {what} from 1 to {wrap}')
+        if last < first and not wrap: raise ValueError(f'{word!r} counts backwards: write {last}-{first}')
+        found += [(i - 1) % wrap + 1 if wrap else i for i in range(first, last + 1 + wrap * (last < first))] if ends else [first]
     return found if text is not None else None
 
 def conditions(box:str|None, biome:str|None, eco_region:str|None, month:str|None, year:str|None, level:str|None, has:str|None)->dict:
     "The conditions of `mmearth.index.query` that were given."
     kinds = lambda text: text and [int(w) if w.isdigit() else w for w in names(text)]
-    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month, wrap=12), year=numbers(year), level=names(level), has=names(has))
+    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month, what='months', wrap=12), year=numbers(year), level=names(level), has=names(has))
     return {k: v for k, v in given.items() if v is not None}
 
 # %% ../nbs/59_cli.ipynb #option-types
@@ -108,9 +110,10 @@ def fetch(url:Annotated[str, typer.Argument(help='address of the .h5 file; its s
           modalities:_Modalities=None, box:_Box=None, biome:_Biome=None, eco_region:_EcoRegion=None, month:_Month=None, year:_Year=None, level:_Level=None, has:_Has=None, progress:_Progress=True):
     "Fetch part of a store on a server. Tiles by row, id or query, and modalities, without the rest; goes on where it was interrupted."
     query = conditions(box, biome, eco_region, month, year, level, has) or None
+    there = 'already there, ' if any(root.glob('*_fetch.json')) else ''
     made = import_module('mmearth.fetch').fetch(url, root, stem, numbers(rows), names(tile_ids), query, names(modalities), progress=progress)
     took = json.loads(next(made.glob('*_fetch.json')).read_text())
-    typer.echo(f'{made}: {took["tiles"]} of {took["of"]} tiles, {_size(took["bytes"])} of {_size(took["whole_bytes"])} in {took["requests"]} requests')
+    typer.echo(f'{made}: {there}{took["tiles"]} of {took["of"]} tiles, {_size(took["bytes"])} of {_size(took["whole_bytes"])} in {took["requests"]} requests')
 
 @app.command()
 def verify(root:Annotated[Path, typer.Argument(metavar='DIR', help='data folder, store or pack; $MMEARTH_DIR by default', show_default=False)]=None,
@@ -141,7 +144,7 @@ def card(dataset:Annotated[str, typer.Argument(help='as in MMEarth64')],
 
 # %% ../nbs/59_cli.ipynb #give-commands
 @app.command()
-def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', help='no line for each request')]=False):
+def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no line for each request')]=False):
     "Serve a folder, byte ranges included. What `fetch` on another machine reads; until Ctrl-C. Names that begin with a dot are not served."
     if not root.is_dir(): raise FileNotFoundError(f'{root}: no such folder')
     address, server = import_module('mmearth.remote').serve(root, host, port, told=None if quiet else lambda line: typer.echo(line, err=True))
@@ -248,7 +251,7 @@ def share(root:Annotated[Path, typer.Argument(metavar='PACK', help='a pack; or, 
 @app.command()
 def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='reports/runs/RUN_ID is made')],
         params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a parameter of the notebook; may be repeated', show_default=False)]=(),
-        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters', show_default=False)]=None, quiet:Annotated[bool, typer.Option('-q', help='no bar')]=False):
+        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters', show_default=False)]=None, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
     "Execute a run notebook and keep it. Parameters are checked against those it declares."
     bare = [p for p in params if '=' not in p]
     if bare: raise ValueError(f'-p {bare[0]}: write KEY=VALUE, as in -p epochs=2')

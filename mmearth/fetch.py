@@ -7,6 +7,7 @@ __all__ = ['as_stored', 'take', 'put', 'find_rows', 'choose', 'fetch']
 
 # %% ../nbs/06e_fetch.ipynb #imports
 import json, shutil, zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from .index import query as find_tiles, read_tile_info
 from .modalities import MODALITIES
-from .remote import Ranges, RemoteFile, bring, opened
-from .store import StoreError, read_json, read_rows
+from .remote import Interrupted, Ranges, RemoteFile, bring, opened
+from .store import Store, StoreError, read_json, read_rows
 
 # %% ../nbs/06e_fetch.ipynb #take
 def as_stored(ds:h5py.Dataset)->bool:
@@ -93,7 +94,7 @@ def choose(remote:RemoteFile, f:h5py.File, tiles, # of `read_tile_info`
            rows=None, tile_ids=None, query:dict|None=None)->np.ndarray: # ascending
     "Rows that are meant by exactly one of: row numbers, tile ids, or the conditions of a query."
     n = len(f['metadata'])
-    if sum(x is not None for x in (rows, tile_ids, query)) > 1: raise ValueError('rows, tile_ids and query exclude each other: give one of them, or none for all tiles')
+    if sum(x is not None for x in (rows, tile_ids, query)) > 1: raise ValueError('rows, tile_ids and query (on the command line --rows, --tile-ids, and conditions such as --biome) exclude each other: give one of them, or none for all tiles')
     if tile_ids is None and query is None:
         rows = np.unique(np.arange(n) if rows is None else np.asarray(rows, np.int64))
         if len(rows) and not 0 <= rows[0] <= rows[-1] < n: raise IndexError(f'rows {rows[0]} to {rows[-1]} asked for, {remote.url} has {n}')
@@ -138,7 +139,7 @@ def _names(f:h5py.File, url:str, modalities)->list[str]:
     lost = [m for m in modalities or () if m not in here]
     if 'metadata' not in f or lost: raise StoreError(url, (lost or ['metadata'])[0], 'not in the file', f'it has {", ".join(here)}')
     names = here if modalities is None else [k for k in here if k in modalities]
-    if not any(MODALITIES[k].level == 'pixel' for k in names): raise ValueError('a store needs a pixel-level modality: add one, as in modalities=["sentinel2", ...]')
+    if not any(MODALITIES[k].level == 'pixel' for k in names): raise ValueError('a store needs a pixel-level modality: add one, such as sentinel2, to modalities (on the command line --modalities)')
     return ['metadata', *names]
 
 def _arrived(root:Path, stem:str, plan:dict)->bool:
@@ -146,13 +147,23 @@ def _arrived(root:Path, stem:str, plan:dict)->bool:
     if not root.exists() or root.is_dir() and not any(root.iterdir()): return False
     took = read_json(root / f'{stem}_fetch.json') if (root / f'{stem}_fetch.json').is_file() else {}
     if took.get('plan') != plan: raise StoreError(root, '', 'exists and holds something else', 'remove it, or choose another folder')
+    try: Store(root, stem).close()
+    except StoreError as e: raise StoreError(root, '', f'holds what was fetched, but no longer whole ({e.path}: {e.problem})', 'remove it, and fetch again') from e
     return True
 
-def _begin(part:Path, plan:dict):
-    "Makes the working folder; what another plan, or another version of the file, left in it is removed."
-    if part.is_dir() and not (part / 'plan.json').is_file() or part.is_dir() and read_json(part / 'plan.json') != plan: shutil.rmtree(part)
+@contextmanager
+def _working(part:Path, plan:str, remote:RemoteFile):
+    "Makes the working folder, without what another plan or another version of the file left in it; a refusal before the first tiles leaves nothing."
+    lack = [p for p in part.parents if not p.exists()]
+    if part.is_dir() and not ((part / 'plan.json').is_file() and (part / 'plan.json').read_text() == plan): shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
-    (part / 'plan.json').write_text(json.dumps(plan))
+    (part / 'plan.json').write_text(plan)
+    try: yield
+    except Exception as e:
+        if not isinstance(remote.failure or e, Interrupted) and not list(part.glob('rows-*.npz')):
+            shutil.rmtree(part)
+            for p in lack: p.rmdir()
+        raise
 
 # %% ../nbs/06e_fetch.ipynb #batches
 def _batches(remote:RemoteFile, f:h5py.File, part:Path, names:list[str], rows:np.ndarray, batch:int, progress:bool):
@@ -182,27 +193,24 @@ def fetch(url:str, # of the .h5 file, or of its folder when `stem` is given; the
     "Writes a store of some tiles and modalities of a store on a server; interrupted, the same call goes on where it was."
     base, _, name = str(url).rstrip('/').rpartition('/') if str(url).endswith('.h5') else (str(url).rstrip('/'), '', f'{stem}.h5')
     root, stem = Path(root), name.removesuffix('.h5')
-    if stem == 'None': raise ValueError(f'{url} is a folder: name its store, as in stem="data_1M_v001_64"')
+    if stem == 'None': raise ValueError(f'{url} is a folder: name its store with stem (on the command line --stem), as in data_1M_v001_64, or end the address in .h5')
     part, side = root.parent / f'.{root.name}.part', dict(bytes=0, requests=0)
     with RemoteFile(f'{base}/{stem}.h5', **how) as remote, opened(remote) as f:
         names = _names(f, remote.url, modalities)
         asked = dict(rows=None if rows is None else np.asarray(rows).tolist(), tile_ids=None if tile_ids is None else [str(t) for t in tile_ids], query=query)
         plan = json.loads(json.dumps(dict(url=remote.url, tag=remote.tag, names=names, **asked), default=lambda x: np.asarray(x).tolist()))
         if _arrived(root, stem, plan): return root
-        _begin(part, plan | dict(batch=batch))
-        for kind in ('band_stats.json', 'splits.json', 'tile_info.json'): _download(f'{base}/{stem}_{kind}', part / f'{stem}_{kind}', side, **how)
-        try: _download(f'{base}/{stem}_labels.csv', part / f'{stem}_labels.csv', side, **how)
-        except StoreError as e:
-            if not e.problem.startswith('HTTP 404'): raise
-        tiles = read_tile_info(part / f'{stem}_tile_info.json')
-        try: found = choose(remote, f, tiles, rows, tile_ids, query)
-        except (ValueError, IndexError, KeyError, StoreError):
-            if not list(part.glob('rows-*')): shutil.rmtree(part)
-            raise
-        (out := part / 'store').mkdir(exist_ok=True)
-        paths = list(_batches(remote, f, part, names, found, batch, progress))
-        with h5py.File(out / f'{stem}.h5', 'w') as h: put(h, names, (dict(np.load(p)) for p in paths), f, [*range(0, len(found), batch), len(found)])
-        _side_files(part, out, stem, found, tiles)
+        with _working(part, json.dumps(plan | dict(batch=batch)), remote):
+            for kind in ('band_stats.json', 'splits.json', 'tile_info.json'): _download(f'{base}/{stem}_{kind}', part / f'{stem}_{kind}', side, **how)
+            try: _download(f'{base}/{stem}_labels.csv', part / f'{stem}_labels.csv', side, **how)
+            except StoreError as e:
+                if not e.problem.startswith('HTTP 404'): raise
+            tiles = read_tile_info(part / f'{stem}_tile_info.json')
+            found = choose(remote, f, tiles, rows, tile_ids, query)
+            (out := part / 'store').mkdir(exist_ok=True)
+            paths = list(_batches(remote, f, part, names, found, batch, progress))
+            with h5py.File(out / f'{stem}.h5', 'w') as h: put(h, names, (dict(np.load(p)) for p in paths), f, [*range(0, len(found), batch), len(found)])
+            _side_files(part, out, stem, found, tiles)
         took = dict(url=remote.url, tag=remote.tag, tiles=len(found), of=len(f['metadata']), modalities=names[1:], requests=remote.requests + side['requests'], bytes=remote.bytes + side['bytes'], side_bytes=side['bytes'], whole_bytes=remote.size, plan=plan)
     (out / f'{stem}_fetch.json').write_text(json.dumps(took, indent=1))
     if root.is_dir(): root.rmdir()

@@ -60,13 +60,13 @@ def test_query_index_show(store, tmp_path):
 
 
 def test_a_folder_is_served_until_it_is_interrupted(store, tmp_path):
-    command = [sys.executable, '-m', 'mmearth.cli', 'serve', str(store), '--port', '0']
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, '-m', 'mmearth.cli', 'serve', str(store), '--port', '0', '--quiet']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         address = server.stdout.readline().strip()
         assert '2 of 24 tiles' in call('fetch', address, tmp_path / 'part', '--rows', '3,9', '--no-progress')
         assert Store(tmp_path / 'part').tile_ids == [Store(store).tile_ids[i] for i in (3, 9)]
         server.send_signal(signal.SIGINT)
-        assert server.wait(10) == 0
+        assert server.wait(10) == 0 and server.stderr.read() == ''
     assert 'no such folder' in call('serve', tmp_path / 'nothing', code=1)
 
 
@@ -139,8 +139,14 @@ def test_fetch(tiny_store, tmp_path):
     said = call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress')
     assert re.search(r': \d+ of 24 tiles, [\d.]+ kB of [\d.]+ MB in \d+ requests', said)
     assert Store(tmp_path / 'x').tile_ids == [source.tile_ids[r] for r in source.query(level='l2a')]
-    assert call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress') == said
+    assert call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress') == said.replace(': ', ': already there, ', 1)
+    (tmp_path / 'x' / source.path.name).rename(tmp_path / 'kept.h5')
+    assert re.search(r'x: .*no longer whole.*; remove it, and fetch again', call('fetch', url(server, source), tmp_path / 'x', '--level', 'l2a', '--modalities', 'aster,biome', '--no-progress', code=1))
+    (tmp_path / 'kept.h5').rename(tmp_path / 'x' / source.path.name)
     assert 'holds something else' in call('fetch', url(server, source), tmp_path / 'x', '--level', 'l1c', '--no-progress', code=1)
+    for words, option in ((('--rows', '0', '--level', 'l1c'), '--rows, --tile-ids'), (('--modalities', 'lat'), '--modalities')):
+        assert option in call('fetch', url(server, source), tmp_path / 'y', *words, '--no-progress', code=1)
+    assert '--stem' in call('fetch', server.url, tmp_path / 'y', code=1)
     assert 'loosen the query' in call('fetch', url(server, source), tmp_path / 'y', '--year', '1999', '--no-progress', code=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x']
     server.shutdown()
@@ -189,6 +195,10 @@ def test_words():
     assert conditions(None, '3,Tundra', None, None, None, None, None) == dict(biome=[3, 'Tundra'])
     for bad in ('a', '1-', '1--2', '1.5'):
         with pytest.raises(ValueError, match='no number'): numbers(bad)
+    assert numbers('11-2,5', wrap=12) == [11, 12, 1, 2, 5] and numbers('3 - 5') == [3, 4, 5]
+    for bad in ('11-14', '0-3', '13', '0'):
+        with pytest.raises(ValueError, match='months from 1 to 12'): conditions(None, None, None, bad, None, None, None)
+    with pytest.raises(ValueError, match='write 2018-2020'): conditions(None, None, None, None, '2020-2018', None, None)
 
 
 def test_a_real_process_and_ctrl_c(tiny_store, tmp_path):

@@ -14,9 +14,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import requests
 
 from mmearth.fetch import fetch
 from mmearth.remote import Ranges, RemoteFile, coalesce
+from mmearth.remote import serve as shelf
 from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
 
@@ -170,6 +172,7 @@ def test_a_server_that_cannot_be_trusted_leaves_nothing(server, source, tmp_path
     server.mood = mood
     with pytest.raises(StoreError, match=WRONG[mood]) as e: fetch(url(server, source), tmp_path / 'x', rows=range(30), progress=False, **FAST)
     assert server.url in str(e.value) and e.value.remedy
+    assert (mood in ('ignorant', 'shifted', 'no content-range')) == (f'curl -LO {server.url}' in e.value.remedy)  # `mmearth download` knows the files of the manifest only
     assert not (tmp_path / 'x').exists()
 
 
@@ -245,6 +248,24 @@ def test_another_plan_or_another_file_begins_anew(source, tmp_path):
     server.shutdown()
 
 
+@pytest.mark.parametrize('wrong', ['no splits', 'tile information cut short', 'a damaged chunk', 'a row too many'])
+def test_a_refusal_leaves_nothing(source, tmp_path, wrong):
+    root = tmp_path / 'shelf'
+    root.mkdir()
+    for p in source.paths.values(): (root / p.name).write_bytes(p.read_bytes())
+    if wrong == 'no splits': (root / source.paths['splits'].name).unlink()
+    if wrong == 'tile information cut short': os.truncate(root / source.paths['tile_info'].name, 1000)
+    if wrong == 'a damaged chunk':
+        c = source.file['sentinel2'].id.get_chunk_info_by_coord((5, 0, 0, 0))
+        with (root / source.path.name).open('r+b') as f:
+            f.seek(c.byte_offset)
+            f.write(b'\xff' * c.size)
+    server = serve(root)
+    with pytest.raises((StoreError, IndexError)): fetch(url(server, source), tmp_path / 'new' / 'folder' / 'x', rows=[5, 90] if wrong == 'a row too many' else [5], progress=False, **FAST)
+    assert [p.name for p in tmp_path.iterdir()] == ['shelf']
+    server.shutdown()
+
+
 def test_remote_file_reads_like_a_file(server, source):
     data, rng = source.path.read_bytes(), np.random.default_rng(0)
     with RemoteFile(url(server, source), block=1000, cache=5000) as f:
@@ -256,6 +277,18 @@ def test_remote_file_reads_like_a_file(server, source):
             if rng.random() < .1: f.forget()
         assert f.seek(0, 2) == len(data) and f.read(5) == b''
         assert f.bytes > 0 and f.requests > 10
+
+
+def test_nothing_hidden_is_served_and_every_request_is_told(tmp_path):
+    (tmp_path / '.git').mkdir()
+    for name in ('.git/config', '.env', 'a.h5'): (tmp_path / name).write_text(name)
+    told = []
+    address, server = shelf(tmp_path, told=told.append)
+    for name in ('.git/config', '.git/', '.git', '.env', '%2egit/config', '', 'b.h5'):
+        for ask in (requests.get, requests.head): assert ask(f'{address}/{name}').status_code == 404, name
+    assert requests.get(f'{address}/a.h5').content == b'a.h5' and requests.head(f'{address}/a.h5').headers['Content-Length'] == '4'
+    assert len(told) == 16 and told[-2:] == ['127.0.0.1 200 /a.h5'] * 2
+    server.shutdown()
 
 
 def test_coalesce_covers_and_is_sorted():
