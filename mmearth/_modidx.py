@@ -609,6 +609,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mmearth.pack._moved': ('pack.html#_moved', 'mmearth/pack.py'),
                               'mmearth.pack._nan': ('pack.html#_nan', 'mmearth/pack.py'),
                               'mmearth.pack._records': ('pack.html#_records', 'mmearth/pack.py'),
+                              'mmearth.pack._room': ('pack.html#_room', 'mmearth/pack.py'),
                               'mmearth.pack.checked': ('pack.html#checked', 'mmearth/pack.py'),
                               'mmearth.pack.choose': ('pack.html#choose', 'mmearth/pack.py'),
                               'mmearth.pack.damaged': ('pack.html#damaged', 'mmearth/pack.py'),
