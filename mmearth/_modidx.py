@@ -856,6 +856,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmearth.store.TileSet._rows': ('store.html#tileset._rows', 'mmearth/store.py'),
                                'mmearth.store.TileSet.bands': ('store.html#tileset.bands', 'mmearth/store.py'),
                                'mmearth.store.TileSet.levels': ('store.html#tileset.levels', 'mmearth/store.py'),
+                               'mmearth.store.TileSet.named': ('store.html#tileset.named', 'mmearth/store.py'),
                                'mmearth.store.TileSet.plot': ('store.html#tileset.plot', 'mmearth/store.py'),
                                'mmearth.store.TileSet.query': ('store.html#tileset.query', 'mmearth/store.py'),
                                'mmearth.store.TileSet.row': ('store.html#tileset.row', 'mmearth/store.py'),

@@ -200,8 +200,7 @@ def pack(source:TileSet, # a store, or another pack
     "Writes a pack, or goes on with one that was begun; what is there already is held against its hash, and made again where it differs."
     if statistics not in ('released', 'measured'): raise ValueError(f"pack: statistics={statistics!r}, 'released' or 'measured' is needed")
     if samples is not None and samples < 1: raise ValueError(f'pack: samples={samples}, at least one tile in a chunk is needed')
-    modalities = [modalities] if isinstance(modalities, str) else modalities
-    out, names = Path(out), [n for n in modalities or source.modalities if source.bands(n)]
+    out, names = Path(out), source.named(modalities or None)
     rows, dropped = choose(source, split, rows, sound)
     stats = source.stats if statistics == 'released' else measure(source, rows, names, workers=workers, scheduler=scheduler)
     sides = side_files(source, rows)
@@ -327,8 +326,7 @@ class Pack(TileSet):
         "Raw arrays of the given rows."
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f'{self.root}: rows {rows.min()} to {rows.max()} asked for, it has {len(self)}')
-        names = self.modalities if modalities is None else [n for n in modalities if self.bands(n)]
-        return {n: take(self.arrays[n], self.mapped(n), rows) for n in names}
+        return {n: take(self.arrays[n], self.mapped(n), rows) for n in self.named(modalities)}
 
     def __getstate__(self)->dict: return dict(root=self.root)
 

@@ -52,6 +52,14 @@ def test_a_pack_reads_as_the_store_does(store, packed):
     assert p[p.tile_ids[4]]['meta'] == store[4]['meta']
 
 
+def test_one_modality_may_be_named_by_a_word(store, packed):
+    for tiles in (store, Pack(packed)):
+        assert list(tiles.read([0], 'aster')) == list(tiles.read([0], ['aster'])) == ['aster']
+        assert statistics(tiles, [0, 1], 'aster').keys() == {'aster'}
+        for ask in (lambda: tiles.read([0], 'radar'), lambda: statistics(tiles, [0], 'radar'), lambda: tiles.to_xarray(0, 'radar')):
+            with pytest.raises(StoreError, match='radar: no such modality; there are sentinel2, '): ask()
+
+
 def test_rows_splits_and_modalities_are_chosen_in_the_order_given(store, tmp_path):
     rows = [20, 3, 11]
     p = Pack(pack(store, tmp_path / 'rows', rows=rows, modalities=['sentinel2', 'month']))
