@@ -242,7 +242,7 @@ def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack;
 
 @app.command()
 def share(root:Annotated[Path, typer.Argument(metavar='PACK', help='a pack; or, with --back, its compressed form')], out:Annotated[Path, typer.Argument(help='folder to make')],
-          codec:Annotated[str, typer.Option(help='zstd or lz4')]='zstd', level:Annotated[int, typer.Option(help='of compression')]=5, back:Annotated[bool, typer.Option('--back', help='unpack instead')]=False):
+          codec:Annotated[str, typer.Option(help='zstd or lz4')]='zstd', level:Annotated[int, typer.Option(help='of compression, 0 to 9')]=5, back:Annotated[bool, typer.Option('--back', help='unpack instead')]=False):
     "Compress a pack, or unpack it again. Every chunk is held against its hash."
     sharing = import_module('mmearth.share')
     typer.echo(sharing.unshare(root, out) if back else sharing.share(import_module('mmearth.pack').Pack(root), out, codec, level))

@@ -205,7 +205,7 @@ def to_xarray(tiles:TileSet, # a store or a pack
               chunks:int|None=None, # tiles a dask block; several tiles only; read at once by default
              )->xr.Dataset:
     "Tiles as a cube: named bands, coordinates in metres, units, legends, validity, all numbers as stored."
-    names = list(tiles.modalities) if modalities is None else [modalities] if isinstance(modalities, str) else list(modalities)
+    names = tiles.named(modalities)
     if isinstance(i, (str, int, np.integer)):
         if chunks: raise ValueError(f'chunks={chunks} is for several tiles; give [{i!r}], or leave it out')
         return _one(tiles, _row(tiles, i), names)

@@ -135,7 +135,7 @@ def _side_files(part:Path, out:Path, stem:str, rows:np.ndarray, tiles):
 # %% ../nbs/06e_fetch.ipynb #names-to-fetch
 def _names(f:h5py.File, url:str, modalities)->list[str]:
     "Datasets to fetch: `metadata` and the modalities asked for."
-    here = [k for k in f if k in MODALITIES]
+    here, modalities = [k for k in f if k in MODALITIES], [modalities] if isinstance(modalities, str) else modalities
     lost = [m for m in modalities or () if m not in here]
     if 'metadata' not in f or lost: raise StoreError(url, (lost or ['metadata'])[0], 'not in the file', f'it has {", ".join(here)}')
     names = here if modalities is None else [k for k in here if k in modalities]

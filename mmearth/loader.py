@@ -151,6 +151,7 @@ def _now(fill:Callable, step:int, slot:Slot)->Future:
 class Gather:
     "Copies tiles of a source into slots."
     def __init__(self, source:TileSet, rows:np.ndarray, modalities:list[str], memory:int=0, ahead:bool=False):
+        if not modalities: raise ValueError('Loader: modalities names none: leave it out for all, or name one')
         self.source, self.rows, self.ahead = source, rows, ahead
         self.like = source.read(rows[:1], modalities)
         self.mapped = {k: as_bytes(whole) for k in modalities if (whole := source.mapped(k)) is not None}
@@ -187,7 +188,7 @@ class Loader:
         if batch < 1 or not 0 <= rank < world: raise ValueError(f'Loader: batch={batch}, rank={rank}, world={world}: a batch of at least one, and a rank below world, are needed')
         source = open_tiles(source) if isinstance(source, (str, Path)) else source
         self.source, self.size, self.world, self.rows, self.begun = source, batch, world, choose_rows(source, rows), 0
-        self.modalities = [modalities] if isinstance(modalities, str) else list(source.modalities if modalities is None else modalities)
+        self.modalities = source.named(modalities)
         if batch * world > len(self.rows): raise ValueError(f'Loader: batches of {batch} for {world} processes, but {source.root} has {len(self.rows)} such rows: make the batch smaller')
         self.gather = Gather(source, self.rows, self.modalities, memory, ahead)
         slots = [Slot(self.gather.like, batch, pin) for _ in range(threads + 2 if threads else 1)]

@@ -128,6 +128,11 @@ def choose(source:TileSet, split:str|None, rows, sound:bool)->tuple[np.ndarray, 
     return kept, len(rows) - len(kept)
 
 # %% ../nbs/08_pack.ipynb #begin-finish
+def _room(out:Path, need:int): # bytes
+    "Refuses what the disk has no room for."
+    free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
+    if need > free: raise StoreError(out, '', f'{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free', 'make room, or choose fewer modalities or rows')
+
 def _begin(out:Path, made:dict, arrays:dict[str, Array])->bool: # was there a finished pack
     "Makes the folders and the plan, or holds the plan against the one that is there."
     whole, plan, text = out / 'zarr.json', out / 'plan.json', json.dumps(made).encode()
@@ -138,6 +143,7 @@ def _begin(out:Path, made:dict, arrays:dict[str, Array])->bool: # was there a fi
     finished, there = whole.is_file(), whole if whole.is_file() else plan
     if not there.is_file():
         if out.is_dir() and any(out.iterdir()): raise StoreError(out, '', 'not empty, and not a pack', 'choose another folder')
+        _room(out, sum(a.bytes * len(a.files) for a in arrays.values()))
         out.mkdir(parents=True, exist_ok=True)
         write_whole(plan, [text])
     try: old = read_json(there)
@@ -193,8 +199,8 @@ def pack(source:TileSet, # a store, or another pack
         )->Path:
     "Writes a pack, or goes on with one that was begun; what is there already is held against its hash, and made again where it differs."
     if statistics not in ('released', 'measured'): raise ValueError(f"pack: statistics={statistics!r}, 'released' or 'measured' is needed")
-    modalities = [modalities] if isinstance(modalities, str) else modalities
-    out, names = Path(out), [n for n in modalities or source.modalities if source.bands(n)]
+    if samples is not None and samples < 1: raise ValueError(f'pack: samples={samples}, at least one tile in a chunk is needed')
+    out, names = Path(out), source.named(modalities or None)
     rows, dropped = choose(source, split, rows, sound)
     stats = source.stats if statistics == 'released' else measure(source, rows, names, workers=workers, scheduler=scheduler)
     sides = side_files(source, rows)
@@ -209,8 +215,7 @@ def pack(source:TileSet, # a store, or another pack
         if finished or file.relative_to(out).as_posix() in struck: file.unlink(missing_ok=True)
     small = [k for k in (*(f'{k}/zarr.json' for k in metas), *sides) if k not in done]
     if not todo and not small and finished: return out
-    need, free = sum(arrays[n].bytes for n, _ in todo), shutil.disk_usage(out).free
-    if need > free: raise StoreError(out, '', f'{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free', 'make room, or choose fewer modalities or rows')
+    _room(out, sum(arrays[n].bytes for n, _ in todo))
     with (out / 'hashes.part').open('a') as ledger:
         def enter(key:str, sha:str):
             done[key] = sha
@@ -321,8 +326,7 @@ class Pack(TileSet):
         "Raw arrays of the given rows."
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f'{self.root}: rows {rows.min()} to {rows.max()} asked for, it has {len(self)}')
-        names = self.modalities if modalities is None else [n for n in modalities if self.bands(n)]
-        return {n: take(self.arrays[n], self.mapped(n), rows) for n in names}
+        return {n: take(self.arrays[n], self.mapped(n), rows) for n in self.named(modalities)}
 
     def __getstate__(self)->dict: return dict(root=self.root)
 

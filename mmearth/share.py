@@ -51,10 +51,11 @@ def _compress(group, name:str, array:Array, whole:np.ndarray|None, meta:dict, co
 def share(packed:Pack,
           out, # folder
           codec:str='zstd', # or 'lz4': quicker to pack, larger
-          level:int=5, # of compression
+          level:int=5, # of compression, 0 to 9
          )->Path:
     "Writes a pack in its compressed form."
     if codec not in ('zstd', 'lz4'): raise ValueError(f"share: codec={codec!r}, 'zstd' or 'lz4' is needed")
+    if not 0 <= level <= 9: raise ValueError(f'share: level={level}, 0 to 9 is needed')
     for file, wrong in verify_pack(packed.root)[:1]: raise StoreError(packed.root / file, '', wrong, 'pack again into the same folder, which makes it again, then share')
     with arriving(out) as part:
         group = zarr.create_group(part, attributes=dict(mmearth=packed.about))

@@ -74,7 +74,7 @@ def statistics(store:TileSet, # what to measure
     if block < 1: raise ValueError(f'statistics: blocks of {block} rows; at least one is needed')
     rows = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64).ravel()
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(store): raise IndexError(f'statistics: rows {rows.min()} to {rows.max()} asked for, the store has {len(store)}')
-    names = [n for n in (store.modalities if modalities is None else modalities) if modality(n).kind == 'continuous']
+    names = [n for n in store.named(modalities) if modality(n).kind == 'continuous']
     drawn = {n: _drawn(modality(n), rows, convention) for n in names}
     parts = [(n, drawn[n][at:at + block]) for n in names for at in range(0, len(drawn[n]), block)]
     found:dict[str, Moments] = {}

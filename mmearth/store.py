@@ -296,6 +296,11 @@ class TileSet:
         if name not in self._bands: raise StoreError(self.root, name, 'no such modality', f'there are {", ".join(self.modalities)}')
         return self._bands[name]
 
+    def named(self, modalities=None)->list[str]:
+        "The modalities asked for, by one name or several, which must be there; all by default."
+        asked = self.modalities if modalities is None else [modalities] if isinstance(modalities, str) else modalities
+        return [n for n in asked if self.bands(n)]
+
     def rows(self, split:str)->np.ndarray:
         "Rows of a split: a name of `splits`, or 'name/part' of a split saved beside the tiles; val, valid and validation are one."
         name, _, part = split.rpartition('/')
@@ -405,7 +410,7 @@ class Store(TileSet, Handle):
             )->dict[str, np.ndarray]: # (len(rows), C[, H, W]) in stored band order and dtype
         "Raw arrays of the given rows."
         rows = np.atleast_1d(np.asarray(rows, np.int64))
-        names = self.modalities if modalities is None else [n for n in modalities if self.bands(n)]
+        names = self.named(modalities)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f'{self.path}: rows {rows.min()} to {rows.max()} asked for, it has {len(self)}')
         return {n: np.take(np.asarray(m), rows, 0) if (m := self.mapped(n)) is not None else read_rows(self.array(n)[0], rows, self.threads) for n in names}
 

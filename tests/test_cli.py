@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from mmearth.cli import app, conditions, names, numbers
+from mmearth.dataset import MMEarth
 from mmearth.pack import Pack
-from mmearth.store import Store
+from mmearth.statistics import statistics
+from mmearth.store import Store, StoreError
 
 COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run pretrain experiment'.split()
 
@@ -85,6 +88,10 @@ def test_split_stats_pack_share_verify(store, tmp_path):
     assert 'a: missing' in call('verify', tmp_path / 'again', '--no-progress', code=1)
     path = call('stats', store, '--name', 'some', '--rows', '0-9', '--modalities', 'aster', '--no-progress').strip()
     assert json.loads(open(path).read())['how']['tiles'] == 10
+    with pytest.raises(StoreError, match='mmearth stats .* --name mine measures them') as e: MMEarth(store, modalities='aster', stats='mine')
+    call(*shlex.split(e.value.remedy.removesuffix(' measures them'))[1:], '--no-progress')
+    some, mine, given = (MMEarth(store, modalities='aster', stats=s)[0]['aster'] for s in ('some', 'mine', statistics(Store(store))))
+    assert (some != mine).any() and (mine == given).all()
 
 
 def test_inspect(store, tmp_path):

@@ -165,7 +165,7 @@ def test_no_thread_works_while_all_buffers_are_full(packed):
 
 
 @pytest.mark.parametrize('arguments,error', [(dict(rows=[]), ValueError), (dict(rows=[24]), IndexError), (dict(rows=[-1]), IndexError), (dict(batch=0), ValueError),
-    (dict(rank=1), ValueError), (dict(rank=-1), ValueError), (dict(world=0), ValueError), (dict(rows='moon'), StoreError), (dict(modalities=['radar']), StoreError)])
+    (dict(rank=1), ValueError), (dict(rank=-1), ValueError), (dict(world=0), ValueError), (dict(rows='moon'), StoreError), (dict(modalities=['radar']), StoreError), (dict(modalities='radar'), StoreError), (dict(modalities=[]), ValueError)])
 def test_wrong_arguments(packed, store, arguments, error):
     for source in (packed, store):
         with pytest.raises(error): Loader(source, **dict(batch=4) | arguments)

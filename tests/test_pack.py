@@ -52,6 +52,14 @@ def test_a_pack_reads_as_the_store_does(store, packed):
     assert p[p.tile_ids[4]]['meta'] == store[4]['meta']
 
 
+def test_one_modality_may_be_named_by_a_word(store, packed):
+    for tiles in (store, Pack(packed)):
+        assert list(tiles.read([0], 'aster')) == list(tiles.read([0], ['aster'])) == ['aster']
+        assert statistics(tiles, [0, 1], 'aster').keys() == {'aster'}
+        for ask in (lambda: tiles.read([0], 'radar'), lambda: statistics(tiles, [0], 'radar'), lambda: tiles.to_xarray(0, 'radar')):
+            with pytest.raises(StoreError, match='radar: no such modality; there are sentinel2, '): ask()
+
+
 def test_rows_splits_and_modalities_are_chosen_in_the_order_given(store, tmp_path):
     rows = [20, 3, 11]
     p = Pack(pack(store, tmp_path / 'rows', rows=rows, modalities=['sentinel2', 'month']))
@@ -66,7 +74,7 @@ def test_rows_splits_and_modalities_are_chosen_in_the_order_given(store, tmp_pat
 @pytest.mark.parametrize('arguments,error,message', [
     (dict(rows=[24]), IndexError, 'it has 24'), (dict(rows=[-1]), IndexError, 'it has 24'), (dict(rows=[1, 1]), ValueError, 'twice'), (dict(rows=[]), StoreError, 'no tile to pack'),
     (dict(rows=[1], split='train'), ValueError, 'not both'), (dict(split='moon'), StoreError, 'moon'), (dict(modalities=['radar']), StoreError, 'radar'),
-    (dict(statistics='guessed'), ValueError, 'measured')])
+    (dict(statistics='guessed'), ValueError, 'measured'), (dict(samples=0), ValueError, 'at least one tile'), (dict(samples=-5), ValueError, 'at least one tile')])
 def test_wrong_arguments_are_refused_and_leave_nothing(store, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message): pack(store, tmp_path / 'pack', **arguments)
     assert not (tmp_path / 'pack').exists()
@@ -146,7 +154,8 @@ def test_a_full_disk_is_an_error_and_loses_nothing(store, packed, tmp_path):
 
 def test_too_little_room_is_said_before_anything_is_read(store, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda _: type('Usage', (), dict(free=1000)))
-    with pytest.raises(StoreError, match='GB needed'): pack(store, tmp_path / 'pack')
+    with pytest.raises(StoreError, match='GB needed.*choose fewer modalities'): pack(store, tmp_path / 'new' / 'pack')
+    assert not list(tmp_path.iterdir())  # so that fewer can be chosen for the same folder
 
 
 def test_a_bad_source_names_its_file_and_finished_chunks_stay(tiny_store, store, packed, tmp_path):
@@ -267,6 +276,8 @@ def test_damage_is_not_shared_and_a_refusal_leaves_nothing(copy, packed, tmp_pat
     chunk = copy / 'aster' / 'c.1.0.0.0'
     chunk.write_bytes(b'?' + chunk.read_bytes()[1:])
     with pytest.raises(StoreError, match='c.1.0.0.0.*pack again'): share(Pack(copy), tmp_path / 'shared')
+    for wrong in (dict(level=10), dict(level=-1), dict(codec='gzip')):
+        with pytest.raises(ValueError, match='is needed'): share(Pack(packed), tmp_path / 'shared', **wrong)
     shared = share(Pack(packed), tmp_path / 'shared')
     listed = json.loads((shared / 'hashes.json').read_text())
     listed['aster/c.1.0.0.0'] = '0' * 64

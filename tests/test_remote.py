@@ -123,7 +123,7 @@ def test_rows_are_byte_equal_whatever_the_weather(server, source, tmp_path, mood
 
 
 def test_one_modality_of_all_tiles(server, source, tmp_path):
-    part = Store(fetch(url(server, source), tmp_path / 'x', modalities=['aster'], progress=False))
+    part = Store(fetch(url(server, source), tmp_path / 'x', modalities='aster', progress=False))
     agree(part, source, np.arange(N), ['aster'])
     took = json.loads((tmp_path / 'x' / f'{source.stem}_fetch.json').read_text())
     assert took['tiles'] == took['of'] == N and took['bytes'] - took['side_bytes'] < took['whole_bytes'] / 4

@@ -102,7 +102,7 @@ def test_bad_input(tiny, tiny_store, tmp_path):
     with pytest.raises(ValueError, match='convention'): statistics(tiny, convention='none')
     with pytest.raises(ValueError, match='blocks of 0'): statistics(tiny, block=0)
     for rows in ([24], [-1], [0, 3, 1000]): pytest.raises(IndexError, statistics, tiny, rows)
-    with pytest.raises(KeyError, match='clouds'): statistics(tiny, modalities=['clouds'])
+    with pytest.raises(StoreError, match='clouds: no such modality'): statistics(tiny, modalities=['clouds'])
     assert statistics(tiny, []) == {} and statistics(tiny, modalities=['biome', 'dynamic_world']) == {}
     few = shutil.copytree(tiny_store, tmp_path / 'few')
     with h5py.File(next(few.glob('*.h5')), 'a') as f: del f['sentinel1']
