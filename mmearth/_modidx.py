@@ -147,7 +147,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mmearth.cube._one': ('cube.html#_one', 'mmearth/cube.py'),
                               'mmearth.cube._part': ('cube.html#_part', 'mmearth/cube.py'),
                               'mmearth.cube._projection': ('cube.html#_projection', 'mmearth/cube.py'),
-                              'mmearth.cube._row': ('cube.html#_row', 'mmearth/cube.py'),
                               'mmearth.cube._variable': ('cube.html#_variable', 'mmearth/cube.py'),
                               'mmearth.cube.describe': ('cube.html#describe', 'mmearth/cube.py'),
                               'mmearth.cube.georeference': ('cube.html#georeference', 'mmearth/cube.py'),

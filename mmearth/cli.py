@@ -76,7 +76,8 @@ def _open(root:Path, stem:str|None=None): return import_module('mmearth.pack').o
 
 def _row(tiles, tile:str)->int:
     "Row of a tile that was named by its id, or as row:17."
-    i = numbers(tile[4:])[0] if tile.startswith('row:') else tiles.row(tile)
+    try: i = numbers(tile[4:])[0] if tile.startswith('row:') else tiles.row(tile)
+    except KeyError as e: raise KeyError(f'{e.args[0]}; `mmearth query {tiles.root}` lists them, and a row is written as in row:17') from None
     if not 0 <= i < len(tiles): raise IndexError(f'{tiles.root}: row {i} asked for, it has {len(tiles)}')
     return i
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import import_module
 from itertools import product
+from operator import index
 from pathlib import Path
 
 import h5py
@@ -304,10 +305,11 @@ class TileSet:
     @cached_property
     def _rows(self)->dict[str, int]: return {t: i for i, t in enumerate(self.tile_ids)}
 
-    def row(self, tile_id:str)->int:
-        "Row of a tile."
-        if tile_id not in self._rows: raise KeyError(f'{self.root}: no tile {tile_id!r}')
-        return self._rows[tile_id]
+    def row(self, tile)->int: # tile id or row; a row below 0 counts from the end
+        "Row of a tile; a KeyError or an IndexError says which tile there is not."
+        if isinstance(tile, str) and tile not in self._rows: raise KeyError(f'{self.root}: no tile {tile!r}')
+        if not isinstance(tile, str) and not -len(self) <= index(tile) < len(self): raise IndexError(f'{self.root}: row {tile} asked for, it has {len(self)}')
+        return self._rows[tile] if isinstance(tile, str) else index(tile) % len(self)
 
     @cached_property
     def tile_ids(self)->list[str]: return self.tiles.tile_id.tolist()
@@ -319,8 +321,7 @@ class TileSet:
 
     def __getitem__(self, i)->dict: # row or tile id
         "One tile: raw arrays, `valid` for each of them, and `meta`."
-        if not isinstance(i, str) and not -len(self) <= i < len(self): raise IndexError(f'{self.root}: row {i} asked for, it has {len(self)}')
-        return one_tile(self, self.row(i) if isinstance(i, str) else range(len(self))[i])
+        return one_tile(self, self.row(i))
 
     def to_xarray(self, i, modalities=None, chunks:int|None=None):
         "Tiles as a georeferenced cube, all numbers as stored: a row or a tile id, or several; see `mmearth.cube.to_xarray`."

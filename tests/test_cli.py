@@ -56,7 +56,8 @@ def test_query_index_show(store, tmp_path):
     for out in (tmp_path / 'a.parquet', tmp_path / 'a.geojson'): assert call('index', store, '--out', out).strip() == str(out) and out.stat().st_size > 100
     assert call('show', store, tiles.tile_ids[4], '--out', tmp_path / 'a.png').strip() == str(tmp_path / 'a.png')
     assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG' and not list(tmp_path.glob('.*'))
-    assert 'no tile' in call('show', store, 'nonsense', code=1)
+    assert 'a row is written as in row:17' in call('show', store, 'nonsense', code=1)
+    assert f'{store}: row 24 asked for, it has 24' in call('show', store, 'row:24', code=1)
 
 
 def test_a_folder_is_served_until_it_is_interrupted(store, tmp_path):
