@@ -57,7 +57,7 @@ def conditions(box:str|None, biome:str|None, eco_region:str|None, month:str|None
     return {k: v for k, v in given.items() if v is not None}
 
 # %% ../nbs/59_cli.ipynb #option-types
-_Dir = Annotated[Path, typer.Argument(metavar='DIR', help='folder of a store or a pack', show_default=False)]
+_Dir = Annotated[Path, typer.Argument(metavar='DIR', help='folder of a store or a pack, or the .h5 file of a store', show_default=False)]
 _Stem = Annotated[str, typer.Option(help='name of the store, where one folder holds several', show_default=False)]
 _Rows = Annotated[str, typer.Option(help='row numbers, as in 0-99,200', show_default=False)]
 _Modalities = Annotated[str, typer.Option(help='names joined by commas; all by default', show_default=False)]
@@ -234,7 +234,9 @@ def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack;
          sound:Annotated[bool, typer.Option(help='drop tiles whose pixels are known to be corrupt')]=True, workers:_Workers=0, scheduler:_Scheduler=None, progress:_Progress=True):
     "Write the form that training reads. Raw Zarr chunks of whole tiles; goes on where it was interrupted."
     packing = import_module('mmearth.pack')
-    made = packing.pack(_open(root, stem), out or root.resolve().with_name(f'{root.resolve().name}_pack'), split, numbers(rows), names(modalities), samples, workers, scheduler, statistics, sound, progress)
+    tiles = _open(root, stem)
+    folder = tiles.root.resolve()
+    made = packing.pack(tiles, out or folder.with_name(f'{folder.name}_pack'), split, numbers(rows), names(modalities), samples, workers, scheduler, statistics, sound, progress)
     packed = packing.Pack(made)
     typer.echo(f'{made}: {len(packed)} tiles{f" of {split}" if split else ""}, {len(packed.modalities)} modalities' + (f'; {packed.about["dropped"]} corrupt tiles left out' if packed.about['dropped'] else ''))
 

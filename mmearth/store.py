@@ -37,6 +37,7 @@ def find_files(root, # folder of the store, or its .h5 file
     "Paths of the files of the store in `root`; all but the labels must exist."
     root = Path(root)
     if root.suffix == '.h5' and not root.is_dir(): root, stem = root.parent, root.stem
+    if root.is_file(): raise StoreError(root, '', 'a file, not a folder', 'give the folder of a store, or its .h5 file')
     if not root.is_dir(): raise StoreError(root, '', 'no such folder', 'check the path, or download the data first')
     if (root / 'hashes.json').is_file() and (root / 'zarr.json').is_file(): raise StoreError(root, '', 'a pack, not a store', 'open it with mmearth.pack.Pack, or with open_tiles, which tells them apart')
     stems = sorted(p.stem for p in root.glob('*.h5'))
@@ -358,13 +359,13 @@ def _cores()->int:
 # %% ../nbs/05_store.ipynb #store
 class Store(TileSet, Handle):
     "A folder in the released layout, read as it is: raw arrays by row, everything checked on opening."
-    def __init__(self, root, # folder of the store
+    def __init__(self, root, # folder of the store, or its .h5 file
                  stem:str|None=None, # needed only where one folder holds several stores
                  threads:int|None=None, # for unpacking; all cores up to eight by default
                 ):
         self.paths = find_files(root, stem)
         super().__init__(self.paths['h5'])
-        self.root, self.stem, self.threads = Path(root), self.path.stem, threads or min(8, _cores())
+        self.root, self.stem, self.threads = self.path.parent, self.path.stem, threads or min(8, _cores())
         self.stats = read_json(self.paths['band_stats'])
         self._bands, self.size, self._at, self.levels = survey(self.file, self.info)
         self.modalities, self._length = list(self._bands), len(self.levels)

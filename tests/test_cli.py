@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from mmearth.cli import app, conditions, names, numbers
 from mmearth.pack import Pack
-from mmearth.store import Store
+from mmearth.store import Store, StoreError
 
 COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run pretrain experiment'.split()
 
@@ -86,6 +86,17 @@ def test_split_stats_pack_share_verify(store, tmp_path):
     assert 'a: missing' in call('verify', tmp_path / 'again', '--no-progress', code=1)
     path = call('stats', store, '--name', 'some', '--rows', '0-9', '--modalities', 'aster', '--no-progress').strip()
     assert json.loads(open(path).read())['how']['tiles'] == 10
+
+
+def test_the_file_of_a_store_stands_for_its_folder(store, tmp_path):
+    file, pack = next(store.glob('*.h5')), tmp_path / 'store_pack'
+    assert call('split', file, 'mine', '--kind', 'random').startswith(f'{store / file.stem}_splits_mine.json: train 19')
+    assert call('pack', file, '--split', 'mine/train', '--no-sound', '--no-progress').startswith(f'{pack}: 19 tiles')
+    assert call('inspect', file, '--rows', '0-3', '--no-progress') == call('inspect', store, '--rows', '0-3', '--no-progress')
+    assert '19 tiles of' in call('inspect', pack, '--no-progress')
+    assert call('query', file, '--level', 'l1c') == call('query', store, '--level', 'l1c')
+    assert 'a file, not a folder; give the folder' in call('inspect', store / f'{file.stem}_splits.json', code=1)
+    with pytest.raises(StoreError, match='a pack, not a store; open it with mmearth.pack.Pack'): Store(pack)
 
 
 def test_inspect(store, tmp_path):
