@@ -318,19 +318,21 @@ class TileSet:
     @cached_property
     def levels(self)->np.ndarray: return np.array(LEVELS)[self.tiles.level.cat.codes]
 
-    def query(self, **conditions)->np.ndarray: return query(self.tiles, **conditions)
+    def query(self, box=None, biome=None, eco_region=None, month=None, year=None, level=None, has=())->np.ndarray:
+        "Rows of the tiles that meet every condition given; what each may be is said by `mmearth.index.query`."
+        return query(self.tiles, box, biome, eco_region, month, year, level, has)
 
     def __getitem__(self, i)->dict: # row or tile id
         "One tile: raw arrays, `valid` for each of them, and `meta`."
         return one_tile(self, self.row(i))
 
     def to_xarray(self, i, modalities=None, chunks:int|None=None):
-        "Tiles as a georeferenced cube, all numbers as stored: a row or a tile id, or several; see `mmearth.cube.to_xarray`."
+        "Tiles as a georeferenced cube, an `xarray.Dataset` of the numbers as stored; `i` is a row or a tile id, or several; see `mmearth.cube.to_xarray`."
         return import_module('mmearth.cube').to_xarray(self, i, modalities, chunks)
 
-    def plot(self, i, **options):
-        "A tile in all its modalities, as a figure; options as in `mmearth.cube.plot`."
-        return import_module('mmearth.cube').plot(self, i, **options)
+    def plot(self, i, world=None):
+        "A tile (row or tile id) in all its modalities, as a matplotlib figure; `world` are outlines for its map; see `mmearth.cube.plot`."
+        return import_module('mmearth.cube').plot(self, i, world)
 
 # %% ../nbs/05_store.ipynb #one-tile
 def one_tile(tiles:TileSet, i:int)->dict:
