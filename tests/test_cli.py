@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -56,6 +57,11 @@ def test_query_index_show(store, tmp_path):
     for out in (tmp_path / 'a.parquet', tmp_path / 'a.geojson'): assert call('index', store, '--out', out).strip() == str(out) and out.stat().st_size > 100
     assert call('show', store, tiles.tile_ids[4], '--out', tmp_path / 'a.png').strip() == str(tmp_path / 'a.png')
     assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG' and not list(tmp_path.glob('.*'))
+    ring = [(-180, -60), (-180, 60), (180, 60), (180, -60), (-180, -60)]
+    record = struct.pack('<i4d2ii', 5, -180, -60, 180, 60, 1, 5, 0) + np.array(ring, '<f8').tobytes()
+    (tmp_path / 'land.shp').write_bytes(struct.pack('>7i', 9994, 0, 0, 0, 0, 0, 54 + len(record) // 2) + bytes(72) + struct.pack('>2i', 1, len(record) // 2) + record)
+    call('show', store, tiles.tile_ids[4], '--out', tmp_path / 'b.png', '--outline', tmp_path / 'land.shp')
+    assert (tmp_path / 'a.png').read_bytes() != (tmp_path / 'b.png').read_bytes()
     assert 'a row is written as in row:17' in call('show', store, 'nonsense', code=1)
     assert f'{store}: row 24 asked for, it has 24' in call('show', store, 'row:24', code=1)
 
