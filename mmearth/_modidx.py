@@ -395,6 +395,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmearth.inspect._bar': ('inspect.html#_bar', 'mmearth/inspect.py'),
                                  'mmearth.inspect._boxes': ('inspect.html#_boxes', 'mmearth/inspect.py'),
                                  'mmearth.inspect._counted': ('inspect.html#_counted', 'mmearth/inspect.py'),
+                                 'mmearth.inspect._degrees': ('inspect.html#_degrees', 'mmearth/inspect.py'),
                                  'mmearth.inspect._errata_page': ('inspect.html#_errata_page', 'mmearth/inspect.py'),
                                  'mmearth.inspect._holes': ('inspect.html#_holes', 'mmearth/inspect.py'),
                                  'mmearth.inspect._known_wrong': ('inspect.html#_known_wrong', 'mmearth/inspect.py'),
