@@ -9,6 +9,7 @@ __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download',
 
 # %% ../nbs/59_cli.ipynb #imports
 import json
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -52,8 +53,11 @@ def numbers(text:str|None, kind=int, what:str='numbers', wrap:int=0)->list|None:
 
 def conditions(box:str|None, biome:str|None, eco_region:str|None, month:str|None, year:str|None, level:str|None, has:str|None)->dict:
     "The conditions of `mmearth.index.query` that were given."
-    kinds = lambda text: text and [int(w) if w.isdigit() else w for w in names(text)]
-    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month, wrap=12), year=numbers(year), level=names(level), has=names(has))
+    def kinds(text:str|None, known:str)->list|None:
+        for i, n in enumerate(getattr(import_module('mmearth.modalities'), known) if text else ()):
+            if ',' in n: text = re.sub(re.escape(n), str(i), text, flags=re.IGNORECASE)
+        return text and [int(w) if w.removeprefix('-').isdecimal() else w for w in names(text)]
+    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome, 'BIOMES'), eco_region=kinds(eco_region, 'ECOREGIONS'), month=numbers(month, wrap=12), year=numbers(year), level=names(level), has=names(has))
     return {k: v for k, v in given.items() if v is not None}
 
 # %% ../nbs/59_cli.ipynb #option-types
@@ -65,8 +69,10 @@ _Workers = Annotated[int, typer.Option(help='processes; 0 works in this one')]
 _Scheduler = Annotated[str, typer.Option(help='address of a Dask scheduler instead', show_default=False)]
 _Progress = Annotated[bool, typer.Option(help='show a bar')]
 _Box = Annotated[str, typer.Option(metavar='W,S,E,N', help='degrees; west > east crosses the date line', show_default=False)]
-_Biome = Annotated[str, typer.Option(help='numbers or names, as in Tundra; a name that is not known lists them', show_default=False)]
-_EcoRegion = Annotated[str, typer.Option(help='numbers or names', show_default=False)]
+_Biome = Annotated[str, typer.Option(show_default=False, help='numbers or names, joined by commas: 0 Tundra, 1 Tropical & Subtropical Moist Broadleaf Forests, 2 Mediterranean Forests, Woodlands & Scrub, '
+    '3 Deserts & Xeric Shrublands, 4 Temperate Grasslands, Savannas & Shrublands, 5 Boreal Forests/Taiga, 6 Temperate Conifer Forests, 7 Temperate Broadleaf & Mixed Forests, 8 Montane Grasslands & Shrublands, 9 Mangroves, '
+    '10 Flooded Grasslands & Savannas, 11 Tropical & Subtropical Grasslands, Savannas & Shrublands, 12 Tropical & Subtropical Dry Broadleaf Forests, 13 Tropical & Subtropical Coniferous Forests, -1 not known')]
+_EcoRegion = Annotated[str, typer.Option(help='numbers or names, joined by commas; -1 not known', show_default=False)]
 _Month = Annotated[str, typer.Option(help='1 to 12, as in 6-8 or 11-2', show_default=False)]
 _Year = Annotated[str, typer.Option(help='2017 to 2020', show_default=False)]
 _Level = Annotated[str, typer.Option(help='l1c or l2a', show_default=False)]

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmearth.cli import app, conditions, names, numbers
+from mmearth.modalities import BIOMES
 from mmearth.pack import Pack
 from mmearth.store import Store, StoreError
 
@@ -92,6 +93,17 @@ def test_split_stats_pack_share_verify(store, tmp_path):
     assert 'a: missing' in call('verify', tmp_path / 'again', '--no-progress', code=1)
     path = call('stats', store, '--name', 'some', '--rows', '0-9', '--modalities', 'aster', '--no-progress').strip()
     assert json.loads(open(path).read())['how']['tiles'] == 10
+
+
+def test_biomes_are_listed_and_taken_by_number_and_name(store):
+    tiles, listed = Store(store), [f'{i} {n}' for i, n in enumerate(BIOMES)]
+    for command in ('query', 'fetch'): assert ', '.join(listed) + ', -1 not known' in ' '.join(call(command, '--help').split())
+    said = call('query', store, '--biome', 'Jungle', code=1)
+    assert "biome 'Jungle' is not known" in said and all(x in said for x in listed)
+    rows = lambda text: [int(x.split(',')[0]) for x in call('query', store, '--biome', text).splitlines()[1:]]
+    for i, n in enumerate(BIOMES): assert rows(n) == rows(str(i)) == tiles.query(biome=i).tolist()
+    assert rows(f'{BIOMES[4]},9, Tundra') == tiles.query(biome=[4, 9, 0]).tolist() and rows('-1') == tiles.query(biome=-1).tolist()
+    for wrong in ('14', '255', '-2'): assert 'is not known; there are 0 Tundra' in call('query', store, '--biome', wrong, code=1)
 
 
 def test_the_file_of_a_store_stands_for_its_folder(store, tmp_path):
