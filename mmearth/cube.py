@@ -157,7 +157,9 @@ def _one(tiles:TileSet, row:int, names:list[str])->xr.Dataset:
     crs, transform, ds.attrs['georeference'] = georeference(tiles, row)
     if crs is None: return ds
     ds = ds.assign_coords(dict(zip('xy', _axes(transform, tiles.size))))
-    return ds.rio.write_crs(crs).rio.write_transform(transform).rio.write_coordinate_system()
+    ds = ds.rio.write_crs(crs).rio.write_transform(transform).rio.write_coordinate_system()
+    for name in (k for k in ds.coords if k.endswith('_valid') and 'x' in ds[k].dims): ds[name].encoding['grid_mapping'] = ds.rio.grid_mapping
+    return ds
 
 # %% ../nbs/07_cube.ipynb #many-tiles
 class _Rows:
