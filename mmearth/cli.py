@@ -54,12 +54,15 @@ def numbers(text:str|None, kind=int, what:str='numbers', wrap:int=0)->list|None:
 
 def conditions(box:str|None, biome:str|None, eco_region:str|None, month:str|None, year:str|None, level:str|None, has:str|None)->dict:
     "The conditions of `mmearth.index.query` that were given."
-    kinds = lambda text: text and [int(w) if w.isdigit() else w for w in names(text)]
-    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome), eco_region=kinds(eco_region), month=numbers(month, what='months', wrap=12), year=numbers(year), level=names(level), has=names(has))
+    def kinds(text:str|None, known:str)->list|None:
+        for i, n in enumerate(getattr(import_module('mmearth.modalities'), known) if text else ()):
+            if ',' in n: text = re.sub(re.escape(n), str(i), text, flags=re.IGNORECASE)
+        return text and [int(w) if w.removeprefix('-').isdecimal() else w for w in names(text)]
+    given = dict(box=numbers(box, float, 'west,south,east,north'), biome=kinds(biome, 'BIOMES'), eco_region=kinds(eco_region, 'ECOREGIONS'), month=numbers(month, what='months', wrap=12), year=numbers(year), level=names(level), has=names(has))
     return {k: v for k, v in given.items() if v is not None}
 
 # %% ../nbs/59_cli.ipynb #option-types
-_Dir = Annotated[Path, typer.Argument(metavar='DIR', help='folder of a store or a pack', show_default=False)]
+_Dir = Annotated[Path, typer.Argument(metavar='DIR', help='folder of a store or a pack, or the .h5 file of a store', show_default=False)]
 _Stem = Annotated[str, typer.Option(help='name of the store, where one folder holds several', show_default=False)]
 _Rows = Annotated[str, typer.Option(help='row numbers, as in 0-99,200', show_default=False)]
 _Modalities = Annotated[str, typer.Option(help='names joined by commas; all by default', show_default=False)]
@@ -67,8 +70,10 @@ _Workers = Annotated[int, typer.Option(help='processes; 0 works in this one')]
 _Scheduler = Annotated[str, typer.Option(help='address of a Dask scheduler instead', show_default=False)]
 _Progress = Annotated[bool, typer.Option(help='show a bar')]
 _Box = Annotated[str, typer.Option(metavar='W,S,E,N', help='degrees; west > east crosses the date line', show_default=False)]
-_Biome = Annotated[str, typer.Option(help='numbers or names, as in Tundra; a name that is not known lists them', show_default=False)]
-_EcoRegion = Annotated[str, typer.Option(help='numbers or names', show_default=False)]
+_Biome = Annotated[str, typer.Option(show_default=False, help='numbers or names, joined by commas: 0 Tundra, 1 Tropical & Subtropical Moist Broadleaf Forests, 2 Mediterranean Forests, Woodlands & Scrub, '
+    '3 Deserts & Xeric Shrublands, 4 Temperate Grasslands, Savannas & Shrublands, 5 Boreal Forests/Taiga, 6 Temperate Conifer Forests, 7 Temperate Broadleaf & Mixed Forests, 8 Montane Grasslands & Shrublands, 9 Mangroves, '
+    '10 Flooded Grasslands & Savannas, 11 Tropical & Subtropical Grasslands, Savannas & Shrublands, 12 Tropical & Subtropical Dry Broadleaf Forests, 13 Tropical & Subtropical Coniferous Forests, -1 not known')]
+_EcoRegion = Annotated[str, typer.Option(help='numbers or names, joined by commas; -1 not known', show_default=False)]
 _Month = Annotated[str, typer.Option(help='1 to 12, as in 6-8 or 11-2', show_default=False)]
 _Year = Annotated[str, typer.Option(help='2017 to 2020', show_default=False)]
 _Level = Annotated[str, typer.Option(help='l1c or l2a', show_default=False)]
@@ -78,7 +83,8 @@ def _open(root:Path, stem:str|None=None): return import_module('mmearth.pack').o
 
 def _row(tiles, tile:str)->int:
     "Row of a tile that was named by its id, or as row:17."
-    i = numbers(tile[4:])[0] if tile.startswith('row:') else tiles.row(tile)
+    try: i = numbers(tile[4:])[0] if tile.startswith('row:') else tiles.row(tile)
+    except KeyError as e: raise KeyError(f'{e.args[0]}; `mmearth query {tiles.root}` lists them, and a row is written as in row:17') from None
     if not 0 <= i < len(tiles): raise IndexError(f'{tiles.root}: row {i} asked for, it has {len(tiles)}')
     return i
 
@@ -190,14 +196,16 @@ def index(root:_Dir, stem:_Stem=None, out:Annotated[Path, typer.Option(help='.pa
 
 @app.command()
 def show(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as in row:17')], stem:_Stem=None,
-         out:Annotated[Path, typer.Option(help='picture to write; <tile>.png by default', show_default=False)]=None):
+         out:Annotated[Path, typer.Option(help='picture to write; <tile>.png by default', show_default=False)]=None,
+         outline:Annotated[Path, typer.Option(help='.shp of coastlines or ecoregions, drawn on the small map', show_default=False)]=None):
     "Draw a tile in all its modalities."
     import_module('matplotlib').use('Agg')
     tiles = _open(root, stem)
     i = _row(tiles, tile)
+    world = import_module('mmearth.splits').read_outline(outline) if outline else None
     out = out or Path(f'{tiles.tile_ids[i]}.png')
     part = out.with_name(f'.{out.stem}.part{out.suffix}')
-    tiles.plot(i).savefig(part, dpi=100)
+    tiles.plot(i, world).savefig(part, dpi=100)
     typer.echo(part.replace(out))
 
 # %% ../nbs/59_cli.ipynb #export-command
@@ -236,7 +244,9 @@ def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack;
          sound:Annotated[bool, typer.Option(help='drop tiles whose pixels are known to be corrupt')]=True, workers:_Workers=0, scheduler:_Scheduler=None, progress:_Progress=True):
     "Write the form that training reads. Raw Zarr chunks of whole tiles; goes on where it was interrupted."
     packing = import_module('mmearth.pack')
-    made = packing.pack(_open(root, stem), out or root.resolve().with_name(f'{root.resolve().name}_pack'), split, numbers(rows), names(modalities), samples, workers, scheduler, statistics, sound, progress)
+    tiles = _open(root, stem)
+    folder = tiles.root.resolve()
+    made = packing.pack(tiles, out or folder.with_name(f'{folder.name}_pack'), split, numbers(rows), names(modalities), samples, workers, scheduler, statistics, sound, progress)
     packed = packing.Pack(made)
     typer.echo(f'{made}: {len(packed)} tiles{f" of {split}" if split else ""}, {len(packed.modalities)} modalities' + (f'; {packed.about["dropped"]} corrupt tiles left out' if packed.about['dropped'] else ''))
 

@@ -82,15 +82,11 @@ def tile_bounds(tiles:TileSet, # a store or a pack
                 crs:str|None='EPSG:4326', # None: the tile's own, in metres
                )->Bounds:
     "The smallest box around a tile."
-    row = _row(tiles, i)
+    row = tiles.row(i)
     own, t, note = georeference(tiles, row)
     if own is None: raise StoreError(tiles.root, str(tiles.tile_ids[row]), f'georeference {note}', 'ask only for tiles that have a place')
     box = t.c, t.f + t.e * tiles.size, t.c + t.a * tiles.size, t.f
     return Bounds(*box, own) if crs is None else Bounds(*transform_bounds(own, crs, *box), crs)
-
-def _row(tiles:TileSet, i)->int:
-    "Row of a tile given by its row or its id."
-    return tiles.row(i) if isinstance(i, str) else range(len(tiles))[i]
 
 # %% ../nbs/07_cube.ipynb #describe
 TITLES = dict(sentinel2='Sentinel-2 reflectance', sentinel2_cloudmask='Sentinel-2 cloud mask, bits 10 (opaque) and 11 (cirrus)', sentinel2_cloudprod='Sentinel-2 cloud probability',
@@ -161,7 +157,9 @@ def _one(tiles:TileSet, row:int, names:list[str])->xr.Dataset:
     crs, transform, ds.attrs['georeference'] = georeference(tiles, row)
     if crs is None: return ds
     ds = ds.assign_coords(dict(zip('xy', _axes(transform, tiles.size))))
-    return ds.rio.write_crs(crs).rio.write_transform(transform).rio.write_coordinate_system()
+    ds = ds.rio.write_crs(crs).rio.write_transform(transform).rio.write_coordinate_system()
+    for name in (k for k in ds.coords if k.endswith('_valid') and 'x' in ds[k].dims): ds[name].encoding['grid_mapping'] = ds.rio.grid_mapping
+    return ds
 
 # %% ../nbs/07_cube.ipynb #many-tiles
 class _Rows:
@@ -208,10 +206,10 @@ def to_xarray(tiles:TileSet, # a store or a pack
     names = tiles.named(modalities)
     if isinstance(i, (str, int, np.integer)):
         if chunks: raise ValueError(f'chunks={chunks} is for several tiles; give [{i!r}], or leave it out')
-        return _one(tiles, _row(tiles, i), names)
+        return _one(tiles, tiles.row(i), names)
     if isinstance(i, slice): i = range(len(tiles))[i]
     if np.asarray(i).dtype == bool: raise TypeError('rows or tile ids are needed, these are bools; use numpy.flatnonzero')
-    return _many(tiles, np.array([_row(tiles, k) for k in np.asarray(i).tolist()], np.int64), names, chunks)
+    return _many(tiles, np.array([tiles.row(k) for k in np.asarray(i).tolist()], np.int64), names, chunks)
 
 # %% ../nbs/07_cube.ipynb #write-cube
 def write_cube(ds:xr.Dataset, # of `to_xarray`, one tile or many
@@ -276,7 +274,7 @@ def plot(tiles:TileSet, # a store or a pack
          world=None, # outline for the small map, see `mmearth.layers.draw_globe`
         ): # matplotlib figure
     "One tile in all the modalities it has."
-    tile = tiles[_row(tiles, i)]
+    tile = tiles[i]
     found = [(layer, x) for layer in LAYERS if (x := tile_layer(tiles, tile, layer))]
     panels, absent = len(found) + has(tile, 'era5'), _absent(tiles, tile, [layer for layer, _ in found])
     free = -panels % 4 if panels else 4

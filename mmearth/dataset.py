@@ -230,6 +230,7 @@ class MMEarth(torch.utils.data.Dataset):
 
     def place(self, i)->int: # from a place or a tile id
         "Place of a tile in the split."
+        if not isinstance(i, str) and not -len(self) <= i < len(self): raise IndexError(f'{self.store.root}: sample {i} of split {self.split!r} asked for, it has {len(self)}')
         if not isinstance(i, str): return range(len(self))[i]
         at = np.flatnonzero(self.rows == self.store.row(i))
         if not len(at): raise KeyError(f'{self.store.root}: tile {i!r} is not in split {self.split!r}')

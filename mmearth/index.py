@@ -274,9 +274,10 @@ def read_tile_info(path, # `<stem>_tile_info.json`
 # %% ../nbs/02a_index.ipynb #query
 def _numbers(wanted, names:tuple, what:str)->list[int]:
     "Class numbers of one or several names or numbers."
-    wanted = [wanted] if isinstance(wanted, str) else np.atleast_1d(wanted).tolist()
+    wanted = [w.item() if isinstance(w, np.generic) else w for w in ([wanted] if np.ndim(wanted) == 0 else wanted)]
     unknown = [w for w in wanted if w not in names and not (type(w) is int and -1 <= w < len(names))]
-    if unknown: raise ValueError(f'{what} {unknown[0]!r} is not known; it is one of {len(names)} names, or a number from 0 (-1 where missing)')
+    listed = ', '.join(f'{i} {n}' for i, n in enumerate(names)) if len(names) < 20 else f'{len(names)} names and the numbers from 0'
+    if unknown: raise ValueError(f'{what} {unknown[0]!r} is not known; there are {listed}, and -1 where it is missing')
     return [names.index(w) if isinstance(w, str) else w for w in wanted]
 
 def query(frame:pd.DataFrame, # as `Tiles.frame` or `store.tiles`

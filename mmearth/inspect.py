@@ -7,6 +7,7 @@ __all__ = ['BINS', 'DEGREE', 'sound_rows', 'unreadable', 'tally', 'checks', 'loo
            'survey', 'errata', 'inspect', 'write_report']
 
 # %% ../nbs/06b_inspect.ipynb #imports
+import csv
 import hashlib
 import json
 from functools import partial
@@ -147,17 +148,32 @@ def overlaps(lat, lon, # centres of tiles, degrees; NaN overlaps nothing
     return pd.DataFrame(dict(row=row, labelled=place)).sort_values(['labelled', 'row'], ignore_index=True)
 
 # %% ../nbs/06b_inspect.ipynb #places
-def read_places(path)->pd.DataFrame: # columns lat, lon, or west, south, east, north
-    "Labelled places from a CSV, whichever of the usual names its columns have."
-    frame = pd.read_csv(path)
-    usual = dict(latitude='lat', y='lat', lng='lon', long='lon', longitude='lon', x='lon', xmin='west', minx='west', ymin='south', miny='south', xmax='east', maxx='east', ymax='north', maxy='north')
-    frame = frame.rename(columns={c: usual.get(str(c).strip().lower(), str(c).strip().lower()) for c in frame})
-    found = next((list(names) for names in (('west', 'south', 'east', 'north'), ('lat', 'lon')) if set(names) <= set(frame)), None)
-    if found is None: raise ValueError(f'{path}: columns lat, lon or west, south, east, north are needed; there are {", ".join(frame)}')
-    numbers = frame[found].apply(pd.to_numeric, errors='coerce')
-    lost = numbers.isna().to_numpy()
-    if lost.any(): raise ValueError(f'{path}: line {int(np.argwhere(lost)[0, 0]) + 2}, column {found[int(np.argwhere(lost)[0, 1])]}: {frame[found].to_numpy()[tuple(np.argwhere(lost)[0])]!r} is no number; correct it or drop the line')
-    return numbers
+_USUAL = dict(west=('west', 'xmin', 'minx'), south=('south', 'ymin', 'miny'), east=('east', 'xmax', 'maxx'), north=('north', 'ymax', 'maxy'), lat=('lat', 'latitude', 'y'), lon=('lon', 'lng', 'long', 'longitude', 'x'))
+
+def _degrees(text:str, most:int, where:str)->float:
+    "A number that is an angle."
+    try: x = float(text)
+    except ValueError: x = np.nan
+    if not abs(x) <= most: raise ValueError(f'{where}: {text!r} is no number from {-most} to {most}; correct it or drop the line')
+    return x
+
+def read_places(path)->pd.DataFrame: # columns lat, lon, or west, south, east, north, in degrees
+    "Labelled places from a CSV, whichever of the usual names its columns have, in any case; errors name file, line and column."
+    try:
+        with Path(path).open(newline='', encoding='utf-8-sig') as f:
+            lines = csv.reader(f)
+            head, *rows = [(lines.line_num, line) for line in lines if any(map(str.strip, line))] or [(1, [])]
+    except (OSError, ValueError, csv.Error) as e: raise ValueError(f'{path}: not readable as CSV ({e}); give a text file with a line of column names') from e
+    words = [w.strip().lower() for w in head[1]]
+    at = {k: words.index(n) for k, usual in _USUAL.items() for n in reversed(usual) if n in words}
+    found = next((names for names in (('west', 'south', 'east', 'north'), ('lat', 'lon')) if set(names) <= set(at)), None)
+    if found is None: raise ValueError(f'{path}: columns lat, lon or west, south, east, north, joined by commas, are needed; there are {", ".join(head[1]) or "none"}')
+    def value(n:int, line:list, k:str)->float:
+        return _degrees(line[at[k]].strip() if at[k] < len(line) else '', 90 if k in ('lat', 'south', 'north') else 360, f'{path}: line {n}, column {head[1][at[k]].strip()}')
+    frame = pd.DataFrame([[value(n, line, k) for k in found] for n, line in rows], columns=list(found), dtype=float)
+    over = np.flatnonzero(frame.south > frame.north) if 'south' in found else ()
+    if len(over): raise ValueError(f'{path}: line {rows[over[0]][0]}, columns {head[1][at["south"]].strip()} and {head[1][at["north"]].strip()}: south lies north of north; exchange the two')
+    return frame
 
 # %% ../nbs/06b_inspect.ipynb #copies
 def copies(keys:np.ndarray, # one per tile

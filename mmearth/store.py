@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import import_module
 from itertools import product
+from operator import index
 from pathlib import Path
 
 import h5py
@@ -36,6 +37,7 @@ def find_files(root, # folder of the store, or its .h5 file
     "Paths of the files of the store in `root`; all but the labels must exist."
     root = Path(root)
     if root.suffix == '.h5' and not root.is_dir(): root, stem = root.parent, root.stem
+    if root.is_file(): raise StoreError(root, '', 'a file, not a folder', 'give the folder of a store, or its .h5 file')
     if not root.is_dir(): raise StoreError(root, '', 'no such folder', 'check the path, or download the data first')
     if (root / 'hashes.json').is_file() and (root / 'zarr.json').is_file(): raise StoreError(root, '', 'a pack, not a store', 'open it with mmearth.pack.Pack, or with open_tiles, which tells them apart')
     stems = sorted(p.stem for p in root.glob('*.h5'))
@@ -309,10 +311,11 @@ class TileSet:
     @cached_property
     def _rows(self)->dict[str, int]: return {t: i for i, t in enumerate(self.tile_ids)}
 
-    def row(self, tile_id:str)->int:
-        "Row of a tile."
-        if tile_id not in self._rows: raise KeyError(f'{self.root}: no tile {tile_id!r}')
-        return self._rows[tile_id]
+    def row(self, tile)->int: # tile id or row; a row below 0 counts from the end
+        "Row of a tile; a KeyError or an IndexError says which tile there is not."
+        if isinstance(tile, str) and tile not in self._rows: raise KeyError(f'{self.root}: no tile {tile!r}')
+        if not isinstance(tile, str) and not -len(self) <= index(tile) < len(self): raise IndexError(f'{self.root}: row {tile} asked for, it has {len(self)}')
+        return self._rows[tile] if isinstance(tile, str) else index(tile) % len(self)
 
     @cached_property
     def tile_ids(self)->list[str]: return self.tiles.tile_id.tolist()
@@ -320,20 +323,21 @@ class TileSet:
     @cached_property
     def levels(self)->np.ndarray: return np.array(LEVELS)[self.tiles.level.cat.codes]
 
-    def query(self, **conditions)->np.ndarray: return query(self.tiles, **conditions)
+    def query(self, box=None, biome=None, eco_region=None, month=None, year=None, level=None, has=())->np.ndarray:
+        "Rows of the tiles that meet every condition given; what each may be is said by `mmearth.index.query`."
+        return query(self.tiles, box, biome, eco_region, month, year, level, has)
 
     def __getitem__(self, i)->dict: # row or tile id
         "One tile: raw arrays, `valid` for each of them, and `meta`."
-        if not isinstance(i, str) and not -len(self) <= i < len(self): raise IndexError(f'{self.root}: row {i} asked for, it has {len(self)}')
-        return one_tile(self, self.row(i) if isinstance(i, str) else range(len(self))[i])
+        return one_tile(self, self.row(i))
 
     def to_xarray(self, i, modalities=None, chunks:int|None=None):
-        "Tiles as a georeferenced cube, all numbers as stored: a row or a tile id, or several; see `mmearth.cube.to_xarray`."
+        "Tiles as a georeferenced cube, an `xarray.Dataset` of the numbers as stored; `i` is a row or a tile id, or several; see `mmearth.cube.to_xarray`."
         return import_module('mmearth.cube').to_xarray(self, i, modalities, chunks)
 
-    def plot(self, i, **options):
-        "A tile in all its modalities, as a figure; options as in `mmearth.cube.plot`."
-        return import_module('mmearth.cube').plot(self, i, **options)
+    def plot(self, i, world=None):
+        "A tile (row or tile id) in all its modalities, as a matplotlib figure; `world` are outlines for its map; see `mmearth.cube.plot`."
+        return import_module('mmearth.cube').plot(self, i, world)
 
 # %% ../nbs/05_store.ipynb #one-tile
 def one_tile(tiles:TileSet, i:int)->dict:
@@ -362,13 +366,13 @@ def _cores()->int:
 # %% ../nbs/05_store.ipynb #store
 class Store(TileSet, Handle):
     "A folder in the released layout, read as it is: raw arrays by row, everything checked on opening."
-    def __init__(self, root, # folder of the store
+    def __init__(self, root, # folder of the store, or its .h5 file
                  stem:str|None=None, # needed only where one folder holds several stores
                  threads:int|None=None, # for unpacking; all cores up to eight by default
                 ):
         self.paths = find_files(root, stem)
         super().__init__(self.paths['h5'])
-        self.root, self.stem, self.threads = Path(root), self.path.stem, threads or min(8, _cores())
+        self.root, self.stem, self.threads = self.path.parent, self.path.stem, threads or min(8, _cores())
         self.stats = read_json(self.paths['band_stats'])
         self._bands, self.size, self._at, self.levels = survey(self.file, self.info)
         self.modalities, self._length = list(self._bands), len(self.levels)

@@ -407,7 +407,7 @@ def write_store(root, # directory to make; new or empty
                )->Path: # `root`
     "Writes `n` tiles of synthetic Earth in the released layout: all of it or, if anything stops it, nothing."
     root, stem = Path(root), stem or f'data_synthetic_v001_{size}'
-    if n < 1 or size < 16 or size % 8: raise ValueError(f'{n} tiles of {size} pixels; ask for at least one tile, of 16 pixels or another multiple of 8')
+    if n < 1 or size < 16 or size % 8: raise ValueError(f'{n} tiles of {size} pixels; ask for at least one tile, of 16 pixels or a larger multiple of 8')
     if root.exists() and (not root.is_dir() or any(root.iterdir())): raise FileExistsError(f'{root} exists and is not empty; remove it or choose another directory')
     root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f'.{root.name}.', suffix='.part', dir=root.parent) as tmp:

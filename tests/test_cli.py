@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from mmearth.cli import app, conditions, names, numbers
 from mmearth.dataset import MMEarth
+from mmearth.modalities import BIOMES
 from mmearth.pack import Pack
 from mmearth.statistics import statistics
 from mmearth.store import Store, StoreError
@@ -59,7 +61,13 @@ def test_query_index_show(store, tmp_path):
     for out in (tmp_path / 'a.parquet', tmp_path / 'a.geojson'): assert call('index', store, '--out', out).strip() == str(out) and out.stat().st_size > 100
     assert call('show', store, tiles.tile_ids[4], '--out', tmp_path / 'a.png').strip() == str(tmp_path / 'a.png')
     assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG' and not list(tmp_path.glob('.*'))
-    assert 'no tile' in call('show', store, 'nonsense', code=1)
+    ring = [(-180, -60), (-180, 60), (180, 60), (180, -60), (-180, -60)]
+    record = struct.pack('<i4d2ii', 5, -180, -60, 180, 60, 1, 5, 0) + np.array(ring, '<f8').tobytes()
+    (tmp_path / 'land.shp').write_bytes(struct.pack('>7i', 9994, 0, 0, 0, 0, 0, 54 + len(record) // 2) + bytes(72) + struct.pack('>2i', 1, len(record) // 2) + record)
+    call('show', store, tiles.tile_ids[4], '--out', tmp_path / 'b.png', '--outline', tmp_path / 'land.shp')
+    assert (tmp_path / 'a.png').read_bytes() != (tmp_path / 'b.png').read_bytes()
+    assert 'a row is written as in row:17' in call('show', store, 'nonsense', code=1)
+    assert f'{store}: row 24 asked for, it has 24' in call('show', store, 'row:24', code=1)
 
 
 def test_a_folder_is_served_until_it_is_interrupted(store, tmp_path):
@@ -92,6 +100,28 @@ def test_split_stats_pack_share_verify(store, tmp_path):
     call(*shlex.split(e.value.remedy.removesuffix(' measures them'))[1:], '--no-progress')
     some, mine, given = (MMEarth(store, modalities='aster', stats=s)[0]['aster'] for s in ('some', 'mine', statistics(Store(store))))
     assert (some != mine).any() and (mine == given).all()
+
+
+def test_biomes_are_listed_and_taken_by_number_and_name(store):
+    tiles, listed = Store(store), [f'{i} {n}' for i, n in enumerate(BIOMES)]
+    for command in ('query', 'fetch'): assert ', '.join(listed) + ', -1 not known' in ' '.join(call(command, '--help').split())
+    said = call('query', store, '--biome', 'Jungle', code=1)
+    assert "biome 'Jungle' is not known" in said and all(x in said for x in listed)
+    rows = lambda text: [int(x.split(',')[0]) for x in call('query', store, '--biome', text).splitlines()[1:]]
+    for i, n in enumerate(BIOMES): assert rows(n) == rows(str(i)) == tiles.query(biome=i).tolist()
+    assert rows(f'{BIOMES[4]},9, Tundra') == tiles.query(biome=[4, 9, 0]).tolist() and rows('-1') == tiles.query(biome=-1).tolist()
+    for wrong in ('14', '255', '-2'): assert 'is not known; there are 0 Tundra' in call('query', store, '--biome', wrong, code=1)
+
+
+def test_the_file_of_a_store_stands_for_its_folder(store, tmp_path):
+    file, pack = next(store.glob('*.h5')), tmp_path / 'store_pack'
+    assert call('split', file, 'mine', '--kind', 'random').startswith(f'{store / file.stem}_splits_mine.json: train 19')
+    assert call('pack', file, '--split', 'mine/train', '--no-sound', '--no-progress').startswith(f'{pack}: 19 tiles')
+    assert call('inspect', file, '--rows', '0-3', '--no-progress') == call('inspect', store, '--rows', '0-3', '--no-progress')
+    assert '19 tiles of' in call('inspect', pack, '--no-progress')
+    assert call('query', file, '--level', 'l1c') == call('query', store, '--level', 'l1c')
+    assert 'a file, not a folder; give the folder' in call('inspect', store / f'{file.stem}_splits.json', code=1)
+    with pytest.raises(StoreError, match='a pack, not a store; open it with mmearth.pack.Pack'): Store(pack)
 
 
 def test_inspect(store, tmp_path):

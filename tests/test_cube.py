@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import rasterio
+import rioxarray
 import xarray as xr
 from affine import Affine
 from rasterio.warp import transform
@@ -242,6 +243,16 @@ def test_cubes_come_back_identical(store, changed, tmp_path, suffix, which):
         if ds[v].dtype.kind not in 'UOM': assert back[v].dtype == ds[v].dtype, v
     if which in ('one', 'holes'): assert (back.rio.crs, back.rio.transform(), back.sentinel2.rio.nodata) == (ds.rio.crs, ds.rio.transform(), 0)
     if which == 'one': write_cube(back, tmp_path / f'again.{suffix}')
+
+
+def test_a_gis_finds_the_place_of_every_map_in_a_netcdf(store, tmp_path):
+    ds = to_xarray(store, int(np.flatnonzero(store.tiles.crs.notna())[0]))
+    path = write_cube(ds, tmp_path / 'tile.nc')
+    assert rioxarray.open_rasterio(path).rio.crs == ds.rio.crs == xr.open_dataset(path, decode_coords='all').rio.crs
+    maps = [k for k, v in ds.variables.items() if v.dims[-2:] == ('y', 'x')]
+    assert {'sentinel2', 'sentinel2_valid', 'aster_valid'} <= set(maps)
+    for name in maps:
+        with rasterio.open(f'netcdf:{path}:{name}') as f: assert f.crs == ds.rio.crs and f.transform.almost_equals(ds.rio.transform()), name
 
 
 def test_cubes_open_lazily_and_refuse_nonsense(store, tmp_path):

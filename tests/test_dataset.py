@@ -390,6 +390,8 @@ def test_what_is_refused(tiny_store, tmp_path):
     with pytest.raises(StoreError, match='no such modality'): MMEarth(tiny_store, modalities=['clouds'])
     with pytest.raises(ValueError, match='bands of aster'): MMEarth(tiny_store, modalities=['sentinel2'], bands=dict(aster=['slope']))
     with pytest.raises(StoreError, match='no such folder'): MMEarth(tmp_path / 'nowhere')
+    for i in (24, 500, -25):
+        with pytest.raises(IndexError, match=f"{tiny_store}: sample {i} of split 'train' asked for, it has 24"): MMEarth(tiny_store)[i]
     with pytest.raises(StoreError, match='missing'): MMEarth(tiny_store, stats={'aster': dict(mean=[0, 0], std=[1, 1], min=[0, 0], max=[0, 0])})
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from mmearth.errata import ERRATA
-from mmearth.inspect import errata, inspect, overlaps, sound_rows, write_report
+from mmearth.inspect import errata, inspect, overlaps, read_places, sound_rows, write_report
 from mmearth.modalities import modality
 from mmearth.store import Store
 from mmearth.synthetic import write_store
@@ -173,6 +173,28 @@ def test_bad_places():
         with pytest.raises(ValueError, match='labelled place 0'): overlaps([0], [0], 64, pd.DataFrame(good | bad))
     with pytest.raises(ValueError, match='lat, lon or west'): overlaps([0], [0], 64, pd.DataFrame(dict(x=[0])))
     assert len(overlaps([], [], 64, pd.DataFrame(good))) == len(overlaps([0], [0], 64, pd.DataFrame(good).iloc[:0])) == 0
+
+
+@pytest.mark.parametrize('head', ['lat,lon', 'Latitude,LNG', 'y,x', ' LAT , Longitude', '\ufefflat,lon', 'lat,long'])
+def test_places_by_the_usual_names(tmp_path, head):
+    (tmp_path / 'p.csv').write_text(f'{head}\n\n47,10.5\n', encoding='utf-8')
+    assert read_places(tmp_path / 'p.csv').to_dict('list') == dict(lat=[47], lon=[10.5])
+
+
+def test_degrees_are_taken_before_coordinates_called_x_and_y(tmp_path):
+    (tmp_path / 'p.csv').write_text('x,y,Latitude,lon\n5,6,47,10.5\n')
+    assert read_places(tmp_path / 'p.csv').to_dict('list') == dict(lat=[47], lon=[10.5])
+
+
+@pytest.mark.parametrize('text, words', [
+    ('lat,lon\n1,2\n\n\n3,abc\n', "line 5, column lon: 'abc' is no number"), ('Latitude,LNG\n1,2\n3,\n', "line 3, column LNG: ''"),
+    ('id,lat,lon\n"a\nb",1,2\nc,q,2\n', "line 4, column lat: 'q'"), ('lat,lon\n95,10\n', "line 2, column lat: '95' is no number from -90 to 90"),
+    ('lat,lon\n1,nan\n', 'line 2, column lon'), ('lat,lon\n1\n', 'line 2, column lon'), ('xmin,ymin,xmax,ymax\n1,5,2,4\n', 'line 2, columns ymin and ymax'),
+    ('', 'there are none'), ('lat;lon\n1;2\n', 'joined by commas, are needed; there are lat;lon'), (None, 'not readable as CSV')])
+def test_a_bad_table_of_places_is_named_by_file_line_and_column(tmp_path, text, words):
+    path = tmp_path / 'p.csv'
+    if text is not None: path.write_text(text)
+    with pytest.raises(ValueError, match=f'p.csv: .*{words}'): read_places(path)
 
 
 def test_a_million_tiles_and_twenty_thousand_places():

@@ -1,4 +1,5 @@
 "Stores in layouts other than the released one, handles in other processes, tiles by id, row and question."
+import inspect
 import json
 import multiprocessing
 import os
@@ -9,6 +10,9 @@ import h5py
 import numpy as np
 import pytest
 
+from mmearth import cube
+from mmearth.index import query
+from mmearth.pack import Pack, pack
 from mmearth.store import Store, StoreError, TileSet, map_array
 from mmearth.synthetic import write_store
 
@@ -147,6 +151,23 @@ def test_both_index_spaces(small):
         assert all((a[k] == b[k]).all() for k in ('sentinel2', 'biome'))
     for wrong, error in (('99', KeyError), (20, IndexError), (-21, IndexError), (1.5, TypeError)):
         with pytest.raises(error): s[wrong]
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_row_that_does_not_exist_is_named_on_every_road(small, tmp_path, packed):
+    tiles = Pack(pack(Store(small), tmp_path / 'pack', sound=False)) if packed else Store(small)
+    for road in (tiles.row, tiles.__getitem__, tiles.to_xarray, tiles.plot, lambda i: tiles.to_xarray([0, i])):
+        for i in (20, np.int64(500), -21):
+            with pytest.raises(IndexError, match=f'{tiles.root}: row {i} asked for, it has 20'): road(i)
+        with pytest.raises(TypeError): road(1.5)
+    assert (tiles.row(-1), tiles.row(np.int64(3)), tiles[-1]['meta']['tile_id']) == (19, 3, tiles.tile_ids[19])
+
+
+@pytest.mark.parametrize('name, same', [('to_xarray', cube.to_xarray), ('plot', cube.plot), ('query', query)])
+def test_help_of_a_method_names_what_it_takes(name, same):
+    method = getattr(Store, name)
+    words, wanted = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()][1:] for f in (method, same))
+    assert words == wanted and same.__module__ in method.__doc__
 
 
 def test_names_of_the_validation_split(small):

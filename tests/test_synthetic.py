@@ -198,7 +198,9 @@ def test_an_existing_store_is_never_overwritten(store, tmp_path):
     (tmp_path / 'file').write_text('kept')
     with pytest.raises(FileExistsError): write_store(tmp_path / 'file', 4)
     assert (tmp_path / 'file').read_text() == 'kept'
-    with pytest.raises(ValueError, match='at least one tile'): write_store(tmp_path / 'none', 0)
+    for n, size in ((0, 64), (-3, 64), (1, 0), (1, -64), (1, 8), (1, 33)):
+        with pytest.raises(ValueError, match='at least one tile, of 16 pixels or a larger multiple of 8'): write_store(tmp_path / 'none', n, size)
+    assert not list(tmp_path.glob('*none*'))
     (tmp_path / 'empty').mkdir()
     assert len(list(write_store(tmp_path / 'empty', 1, size=16, stem='mine').glob('mine*'))) == 4
 
