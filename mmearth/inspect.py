@@ -306,12 +306,12 @@ def _holes(nodata:dict)->list[tuple]:
     return [(k, ', '.join(b) if len(b) < 5 else f'{b[0]} … {b[-1]} ({len(b)})', share, bar) for (k, share, bar), b in lines.items()]
 
 # %% ../nbs/06b_inspect.ipynb #write-report
-def _shares(title:str, counts:dict, unit:str, most:int=15)->str:
+def _shares(title:str, counts:dict, what:str, unit:str, most:int=15)->str:
     "A section with counts, the largest first, as shares of their sum."
     total, largest = sum(counts.values()), sorted(counts.items(), key=lambda kv: -kv[1])
     lines = [(k, f'{v:,}', _percent(v / total), _bar(v / total)) for k, v in largest[:most] if v]
     rest = f'\n{len([v for _, v in largest[most:] if v])} more not shown.\n' if any(v for _, v in largest[most:]) else ''
-    return f'## {title}\n\n' + (_table(['', unit, 'share', ''], lines) + rest if lines else 'None.\n')
+    return f'## {title}\n\n' + (_table([what, unit, 'share', ''], lines) + rest if lines else 'None.\n')
 
 def _errata_page(report:dict)->str:
     "Errata: those found first, then those not found, then those that cannot be seen."
@@ -332,12 +332,12 @@ def write_report(report:dict, # of `inspect`
         f'Fingerprint `{r["fingerprint"]}`. Processing levels: {", ".join(f"{k} {v:,}" for k, v in r["levels"].items())}. Splits: {", ".join(f"{k} {v:,}" for k, v in r["splits"].items())}.\n',
         _errata_page(r),
         '## Copies\n\n' + _table(['found by', 'tiles', 'groups', 'could be dropped', 'for example'], [(k, v['tiles'], v['groups'], v['surplus'], '; '.join(' = '.join(g) for g in v['examples'][:3])) for k, v in twins.items()]),
-        '## Overlap with labelled places\n\n' + ('Not looked for: give the places.\n' if leak is None else
+        '## Overlap with labelled places\n\n' + ('Not looked for: name a table of places, `mmearth inspect DIR --labelled places.csv`.\n' if leak is None else
             f'{leak["places_met"]:,} of {leak["places"]:,} places lie in {leak["tiles"]:,} tiles' + (f' (such as {", ".join(leak["examples"])}). Leave those tiles out before testing on these places.\n' if leak['tiles'] else '.\n')),
-        '## Without data\n\n' + _table(['modality', 'band', 'share of pixels', ''], _holes(r['nodata'])),
-        _shares('Biomes', r['biomes'], 'tiles'), _shares('Ecoregions', r['eco_regions'], 'tiles'),
-        _shares('Months', {k: sum(v.values()) for k, v in r['months'].items()}, 'tiles', 48),
-        *(_shares(f'Classes of {k}', v, 'pixels') for k, v in r['classes'].items())]
+        '## Without data\n\n' + _table(['modality', 'bands', 'share without data', ''], _holes(r['nodata'])),
+        _shares('Biomes', r['biomes'], 'biome', 'tiles'), _shares('Ecoregions', r['eco_regions'], 'ecoregion', 'tiles'),
+        _shares('Months', {k: sum(v.values()) for k, v in r['months'].items()}, 'month', 'tiles', 48),
+        *(_shares(f'Classes of {k}', v, 'class', 'pixels') for k, v in r['classes'].items())]
     out.mkdir(parents=True, exist_ok=True)
     (out / 'inspect.json').write_text(json.dumps(report, indent=1), encoding='utf-8')
     (out / 'inspect.md').write_text('\n'.join(page), encoding='utf-8')

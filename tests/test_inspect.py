@@ -213,6 +213,9 @@ def test_a_page_to_read(clean, tmp_path):
     assert json.loads((page.parent / 'inspect.json').read_text()) == r
     for e in r['errata']: assert e['id'] in text
     assert '0 of 1 places' in text and all(line.count('|') > 2 for line in text.split('\n') if line.startswith('|'))
+    for head in ('| biome | tiles |', '| ecoregion | tiles |', '| month | tiles |', '| class | pixels |'): assert head in text, head
+    assert '--labelled places.csv' not in text
+    assert '`mmearth inspect DIR --labelled places.csv`' in write_report(inspect(store, [0]), tmp_path / 'unasked').read_text()
     write_report(inspect(store, []), tmp_path / 'none')
     assert '0 tiles' in (tmp_path / 'none' / 'inspect.md').read_text()
 
