@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .index import StoreError, read_json
+from .moments import Moments
 from .samples import Inert, check_label, choose, misnamed, read_pickle, read_sample, s2_band, undated
 
 # %% ../nbs/30_geobench.ipynb #tasks
@@ -81,8 +82,16 @@ class Images:
                  positions=slice(None), # of the images
                 )->np.ndarray: # float32
         "Pixels with the mean subtracted, divided by the deviation."
-        mean, std = (np.array([stats[self.standins.get(b, b)][k] for b in self.bands], np.float32)[:, None, None] for k in ('mean', 'std'))
+        own = [stats[o if (o := self.standins.get(b, b)) in stats else b] for b in self.bands]
+        mean, std = (np.array([s[k] for s in own], np.float32)[:, None, None] for k in ('mean', 'std'))
         return (np.asarray(self.x[positions], np.float32) * np.float32(self.unit) - mean) / std
+
+    def stats(self, block:int=256, # images in memory at a time
+             )->dict[str, dict[str, float]]:
+        "Mean and deviation by band of these images, for tasks that bring none."
+        parts = (np.asarray(self.x[at:at + block]) for at in range(0, len(self), block))
+        told = reduce(Moments.__add__, (Moments.of(x, np.ones(x.shape, bool)) for x in parts)).entry()
+        return {b: {k: told[k][i] * self.unit for k in ('mean', 'std')} for i, b in enumerate(self.bands)}
 
 # %% ../nbs/30_geobench.ipynb #find
 def _root(root)->Path:
