@@ -136,7 +136,7 @@ class _Rows:
 
 def _mark(task)->str:
     "Changes with any file of a task, and with what is read of it."
-    seen = [(n, *task.files[n]) for n in sorted(task.files)], [(p.name, p.read_bytes().hex()) for p in sorted(task.root.glob('label_*.json'))]
+    seen = [(n, *task.files[n]) for n in sorted(task.files)] + [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(task.root.glob('label_*.json'))]
     return hashlib.sha256(json.dumps([1, task.planes, task.kind, len(task.classes), task.numbers, seen]).encode()).hexdigest()
 
 def _unit(x:np.ndarray, bands, stats:dict)->float:
@@ -198,12 +198,17 @@ def _make_pack(task, folder:Path, mark:str, progress:bool)->Packed:
     return _open_pack(folder, mark)
 
 # %% ../nbs/30_geobench.ipynb #pack-task
+def _pack_places(root:Path)->list[Path]:
+    "Beside the task, unless that folder is kept from writing, and in the cache of the user."
+    cache, mine = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'), hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    beside = [root.parent / f'.{root.name}.packed'] if root.parent.stat().st_mode & 0o222 else []
+    return [*beside, cache / 'mmearth' / f'geobench-{root.name}-{mine}']
+
 def pack_task(task, # a `GeoBench`
               progress:bool=True, # show the rate and the time left
              )->Packed:
     "The pack of a task; made, or made again, where there is none that fits."
-    mark, cache = _mark(task), Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmearth'
-    places = [*[task.root.parent / f'.{task.root.name}.packed'] * bool(task.root.parent.stat().st_mode & 0o222), cache / f'geobench-{task.root.name}-{hashlib.sha256(str(task.root.resolve()).encode()).hexdigest()[:16]}']
+    mark, places = _mark(task), _pack_places(task.root)
     for folder in places:
         if found := _open_pack(folder, mark): return found
     for folder in places:
@@ -231,16 +236,21 @@ def select(packed:Packed, rows:np.ndarray, pick:list[int])->np.ndarray:
     return np.load(path, mmap_mode='r')
 
 # %% ../nbs/30_geobench.ipynb #folder-parts
-def _layout(sample:Path)->tuple[dict[str, str], set[str]]: # undated key -> band as it is named, in the order of the file; sensors
+def _layout(sample:Path)->tuple[dict[str, str], set[str], object]: # undated key -> band as it is named, in the order of the file; sensors; label
     "What a sample offers."
-    *_, told = read_sample(sample)
+    _, label, told = read_sample(sample)
     order = [b for b in dict.fromkeys(undated(str(b)) for b in told.get('bands_order') or told['stored']) if b in told['stored']]
     entry = {undated(k): v for k, v in told.items() if isinstance(v, dict)}
     sensor = {b: type(entry.get(b, {}).get('band_info')).__name__ for b in order}
     planes = {b: s for b in order if (s := s2_band(b, sensor[b]))}
     if not planes: raise StoreError(sample, ', '.join(told['stored']), 'no plane is a band of Sentinel-2 or close to one', 'this task cannot be read here')
     if len(set(planes.values())) < len(planes): raise StoreError(sample, ', '.join(planes), 'two planes are the same band', 'rename one of them in the files')
-    return planes, {sensor[b] for b in planes} - {'NoneType'}
+    return planes, {sensor[b] for b in planes} - {'NoneType'}, label
+
+def _seen(root:Path, names, planes)->dict[str, dict[str, float]]:
+    "Mean and largest number by plane in some samples, for a task without statistics."
+    x = np.concatenate([read_sample(root / f'{n}.hdf5', planes)[0].reshape(len(planes), -1) for n in names], 1)
+    return {p: dict(mean=float(v.mean()), max=float(v.max())) for p, v in zip(planes, x)}
 
 def _read_partition(root:Path, name:str)->tuple[Path, dict[str, list[str]]]:
     "The file of a partition and its samples by split."
@@ -264,10 +274,12 @@ class TaskFolder:
         with os.scandir(self.root) as found: self.files = {e.name[:-5]: (e.stat().st_size, e.stat().st_mtime_ns) for e in found if e.name.endswith('.hdf5')}
         if not self.files: raise StoreError(self.root, '', 'no .hdf5 files', 'unpack the download again')
         self.first = self.root / f'{min(self.files)}.hdf5'
-        named, self.sensors = _layout(self.first)
+        named, self.sensors, label = _layout(self.first)
+        self.label = self.beside(self.first.stem) if label is None else label  # of the first sample
         told = read_json(self.root / 'band_stats.json') if (self.root / 'band_stats.json').is_file() else {}
         told = {undated(k): v for k, v in told.items() if isinstance(v, dict)}
-        renamed, self.renamed = ({}, '') if as_named else misnamed({b: told.get(p, {}) for p, b in named.items()})
+        shown = told if told.keys() >= named.keys() else _seen(self.root, sorted(self.files)[:8], tuple(named))
+        renamed, self.renamed = ({}, '') if as_named else misnamed({b: shown[p] for p, b in named.items()})
         self.planes = {p: b for p, n in named.items() if (b := renamed.get(n, n))}  # undated key -> band
         self.numbers = {b: told[p] for p, b in self.planes.items() if p in told}
         self.partitions = tuple(sorted((p.name.removesuffix('_partition.json') for p in self.root.glob('*_partition.json')), key=lambda p: (p != 'default', p)))
@@ -290,7 +302,7 @@ class TaskFolder:
         "Names of the samples of a split."
         if split == 'all': return sorted(self.files)
         path, found = _read_partition(self.root, partition)
-        split = dict(val='valid', validation='valid').get(split, split)
+        if split in ('val', 'valid', 'validation'): split = next((s for s in ('valid', 'val', 'validation') if s in found), split)
         if split not in found: raise StoreError(path, split, 'no such split', f'it has {", ".join(found)}')
         lost = [n for n in found[split] if n not in self.files]
         if lost: raise StoreError(path, split, f'names {lost[0]}.hdf5, which is missing, as are {len(lost) - 1} of {len(found[split])} others', 'unpack the download again')
@@ -324,6 +336,9 @@ def _notes(task)->tuple[str, ...]:
     "What a reader of a task should know."
     notes = [f'bands renamed by their numbers: {task.renamed}'] if task.renamed else []
     if other := sorted(task.sensors - {'Sentinel2'}): notes.append(f'planes of {", ".join(other)}, under the names of the closest Sentinel-2 bands')
+    tops = [n.get('max', np.inf) for n in task.numbers.values()]
+    if task.sensors == {'Sentinel2'} and tops and 2 < max(tops) <= 255:
+        notes.append('pixels of 8 bits, not reflectance: only the statistics of the task itself fit them')
     if task.declared and task.declared.name == 'm-eurosat' and task.specs.state: notes.append('classes in the order of the labels; task_specs.pkl has another')
     try: sizes = tuple(len(_read_partition(task.root, 'default')[1].get(s, ())) for s in ('train', 'valid', 'test'))
     except ValueError as e: return *notes, str(e)
@@ -341,9 +356,7 @@ class GeoBench(TaskFolder):
         self.declared, self.specs = declared(self.root.name), _specs(self.root / 'task_specs.pkl')
         self.name = self.declared.name if self.declared else self.root.name
         self.classes = _class_names(self.specs, self.declared, self.root)
-        label = read_sample(self.first)[1]
-        label = self.beside(self.first.stem) if label is None else label
-        self.kind = self.declared.kind if label is None and self.declared else ('single', 'multi', 'segment')[min(np.ndim(label), 2)]
+        self.kind = self.declared.kind if self.label is None and self.declared else ('single', 'multi', 'segment')[min(np.ndim(self.label), 2)]
         known = self.specs.get('level') or (self.declared and self.declared.level)
         self.level = known if known in ('l1c', 'l2a') else 'l1c' if 'B10' in self.bands else None  # only L1C has the cirrus band
         self.levels = (self.level,) if self.level else ()
@@ -366,7 +379,7 @@ class GeoBench(TaskFolder):
                progress:bool=True, # show the first reading
               )->Images:
         "The images of a split."
-        ids, bands = self.ids(split, partition), tuple(bands or self.bands)
+        ids, bands = self.ids(split, partition), self.bands if bands is None else tuple(bands)
         pick, standins = choose(bands, self.bands, self.root)
         if standins: warnings.warn(f'{self.name}: {", ".join(f"{o} stands in for {b}" for b, o in standins.items())}', stacklevel=2)
         packed = pack_task(self, progress)

@@ -91,7 +91,8 @@ def metadata(text, # attribute `pickle` of a sample
     "What a sample says about itself: `bands_order`, `label` unless that is a band, and a dict per band."
     if isinstance(text, np.void): text = repr(text.tobytes())
     if isinstance(text, bytes): text = text.decode('latin1')
-    if not isinstance(text, str) or not _LITERAL.fullmatch(text): raise StoreError(path, 'pickle', 'no attribute with the text of a pickle', 'it is no sample of GEO-Bench, or damaged: download it again')
+    if not isinstance(text, str) or not _LITERAL.fullmatch(text):
+        raise StoreError(path, 'pickle', 'no attribute with the text of a pickle', 'it is no sample of GEO-Bench, or damaged: download it again')
     found = read_pickle(ast.literal_eval(text), path, 'pickle')
     if not isinstance(found, dict): raise StoreError(path, 'pickle', f'holds a {type(found).__name__} instead of a dict', 'download the sample again')
     return found
@@ -124,8 +125,9 @@ def write_pickle(value)->bytes:
     return out.getvalue()
 
 # %% ../nbs/09a_samples.ipynb #bands
-_WORDS = dict(zip('''coastal aerosol|blue|green|red|red edge 1|red edge 2|red edge 3|nir|nir broad|near infrared|nearinfrared|nir narrow|narrow nir|water vapour|
-    water vapor|cirrus|swir cirrus|swir 1|swir1|swir 2|swir2'''.replace('\n    ', '').split('|'), 'B1 B2 B3 B4 B5 B6 B7 B8 B8 B8 B8 B8A B8A B9 B9 B10 B10 B11 B11 B12 B12'.split()))
+_WORDS = {'coastal aerosol': 'B1', 'blue': 'B2', 'green': 'B3', 'red': 'B4', 'red edge 1': 'B5', 'red edge 2': 'B6', 'red edge 3': 'B7', 'nir': 'B8', 'nir broad': 'B8',
+          'near infrared': 'B8', 'nearinfrared': 'B8', 'nir narrow': 'B8A', 'narrow nir': 'B8A', 'water vapour': 'B9', 'water vapor': 'B9', 'cirrus': 'B10', 'swir cirrus': 'B10',
+          'swir 1': 'B11', 'swir1': 'B11', 'swir 2': 'B12', 'swir2': 'B12'}
 _LANDSAT8 = {'1': 'B1', '2': 'B2', '3': 'B3', '4': 'B4', '5': 'B8A', '6': 'B11', '7': 'B12', '9': 'B10'}
 _OTHER = ('Sentinel1', 'Mask', 'CloudProbability', 'ElevationBand', 'MultiBand', 'HyperSpectralBands', 'SegmentationClasses')
 
@@ -188,7 +190,7 @@ def _keys(f:h5py.File)->dict[str, str]:
 
 def read_sample(path, # HDF5 file
                 planes=(), # undated names of the planes to read
-               )->tuple[np.ndarray|None, object, dict]: # pixels (C, H, W); label: number, list, array, mask (H, W) or None; what the sample says of itself, and `stored`, its undated names
+               )->tuple[np.ndarray|None, object, dict]: # pixels (C, H, W); label: number, list, array, mask (H, W) or None; what it says of itself and, as `stored`, its names
     "Reads a sample in one pass."
     try:
         with h5py.File(path, 'r') as f:

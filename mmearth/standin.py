@@ -111,17 +111,18 @@ def partitions(names, # of the samples
     "The default partition and the nested ones."
     rng, names, strata = np.random.default_rng(seed), np.asarray(names), np.asarray(strata)
     order = even_order(strata, rng)
-    part = np.array(['train', 'valid', 'train', 'test'])[np.arange(len(order)) % 4]
-    train, valid, test = (order[part == p] for p in ('train', 'valid', 'test'))
+    test, valid, train = np.split(order, [len(order) // 4, 2 * (len(order) // 4)])
     train = train[even_order(strata[train], rng)]
     whole = dict(train=names[train].tolist(), valid=names[valid].tolist(), test=names[test].tolist())
     return {'default': whole} | {f'{f:.2f}x_train': {**whole, 'train': whole['train'][:max(1, int(f * len(train)))]} for f in FRACTIONS}
 
 # %% ../nbs/30a_standin.ipynb #write-sample
-_INFO = {'B1': ('01 - Coastal aerosol', ('1', '01'), 60, .443), 'B2': ('02 - Blue', ('2', '02', 'blue'), 10, .49), 'B3': ('03 - Green', ('3', '03', 'green'), 10, .56),
-         'B4': ('04 - Red', ('4', '04', 'red'), 10, .665), 'B5': ('05 - Vegetation Red Edge', ('5', '05'), 20, .705), 'B6': ('06 - Vegetation Red Edge', ('6', '06'), 20, .74),
-         'B7': ('07 - Vegetation Red Edge', ('7', '07'), 20, .783), 'B8': ('08 - NIR', ('8', '08', 'NIR'), 10, .842), 'B8A': ('08A - Vegetation Red Edge', ('8A', '08A'), 20, .865),
-         'B9': ('09 - Water vapour', ('9', '09'), 60, .945), 'B10': ('10 - SWIR - Cirrus', ('10',), 60, 1.375), 'B11': ('11 - SWIR', ('11',), 20, 1.61), 'B12': ('12 - SWIR', ('12',), 20, 2.19)}
+_INFO = {  # name, other names, metres, micrometres
+    'B1': ('01 - Coastal aerosol', ('1', '01'), 60, .443), 'B2': ('02 - Blue', ('2', '02', 'blue'), 10, .49), 'B3': ('03 - Green', ('3', '03', 'green'), 10, .56),
+    'B4': ('04 - Red', ('4', '04', 'red'), 10, .665), 'B5': ('05 - Vegetation Red Edge', ('5', '05'), 20, .705),
+    'B6': ('06 - Vegetation Red Edge', ('6', '06'), 20, .74), 'B7': ('07 - Vegetation Red Edge', ('7', '07'), 20, .783),
+    'B8': ('08 - NIR', ('8', '08', 'NIR'), 10, .842), 'B8A': ('08A - Vegetation Red Edge', ('8A', '08A'), 20, .865), 'B9': ('09 - Water vapour', ('9', '09'), 60, .945),
+    'B10': ('10 - SWIR - Cirrus', ('10',), 60, 1.375), 'B11': ('11 - SWIR', ('11',), 20, 1.61), 'B12': ('12 - SWIR', ('12',), 20, 2.19)}
 
 def _object(module:str, kind:str, /, **state):
     "An object of a class of GEO-Bench."
@@ -156,7 +157,8 @@ def write_sample(path, # file to make
 def _numbers(values:np.ndarray)->dict[str, float]:
     "The statistics that GEO-Bench keeps of a band."
     levels = dict(percentile_0_1=.1, percentile_1=1, percentile_5=5, median=50, percentile_95=95, percentile_99=99, percentile_99_9=99.9)
-    return dict(min=float(values.min()), max=float(values.max()), mean=float(values.mean()), std=float(values.std())) | {k: float(v) for k, v in zip(levels, np.percentile(values, list(levels.values())))}
+    plain = dict(min=values.min(), max=values.max(), mean=values.mean(), std=values.std()) | dict(zip(levels, np.percentile(values, list(levels.values()))))
+    return {k: float(v) for k, v in plain.items()}
 
 def _side_files(s:Standin, names, targets:np.ndarray, pixels:np.ndarray, seed:int)->dict[str, object]: # file name -> content
     "What lies beside the samples."
@@ -189,8 +191,8 @@ def write_standin(root, # folder of the benchmark; tasks lie in classification_v
                 targets.append(y)
                 few.append(pixels.reshape(len(pixels), -1)[:, ::max(1, pixels[0].size // 100)])
             for file, content in _side_files(s, names, np.stack(targets), np.stack(few), seed).items(): (part / file).write_text(json.dumps(content))
-            specs = dict(dataset_name=s.name, benchmark_name=None, patch_size=(s.pixels, s.pixels), n_time_steps=1, bands_info=[_band_info(b) for b in s.bands], bands_stats=None,
-                         label_type=_label_type(s), spatial_resolution=10, level=s.level)
+            specs = dict(dataset_name=s.name, benchmark_name=None, patch_size=(s.pixels, s.pixels), n_time_steps=1, bands_stats=None, spatial_resolution=10, level=s.level,
+                         bands_info=[_band_info(b) for b in s.bands], label_type=_label_type(s))
             (part / 'task_specs.pkl').write_bytes(write_pickle(_object('task', 'TaskSpecifications', **specs)))
             part.chmod(0o755)
             part.rename(home)
@@ -215,7 +217,8 @@ def eurosat_images(source, # a `Store`, its folder, or the zips of EuroSAT
     rows = np.flatnonzero(np.isin(parts, wanted))
     if not len(rows): raise StoreError(index or store.root, split, 'no such images', f'splits are {", ".join(sorted(set(parts)))}, and test')
     kept = names[rows].tolist()
-    x, bands = (Jpegs(source, kept)[:], RGB) if index is not None else (store.read(store.labels.row.to_numpy()[rows], ['sentinel2'])['sentinel2'], store.bands('sentinel2'))
+    if index is not None: x, bands = Jpegs(source, kept)[:], RGB
+    else: x, bands = store.read(store.labels.row.to_numpy()[rows], ['sentinel2'])['sentinel2'], store.bands('sentinel2')
     classes = EUROSAT_CLASSES if set(labels) <= set(EUROSAT_CLASSES) else tuple(sorted(set(labels)))
     number = {c: i for i, c in enumerate(classes)}
     return Images(x, np.array([number[c] for c in labels[rows]], np.int64), kept, tuple(bands), 'single', classes, 'l1c')

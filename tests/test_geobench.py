@@ -189,6 +189,7 @@ def test_real_samples_against_plain_h5py(shared, tmp_path, monkeypatch):
                 assert np.array_equal(images.y[i], label) and images.y.dtype == np.int64
         stats = json.loads((shared / 'geobench' / folder / 'band_stats.json').read_text())
         assert task.stats['B4'] == {k: stats['04 - Red'][k] for k in ('mean', 'std')}
+        assert any('8 bits' in n for n in task.notes) == (folder == 'southAfricaCropType')
     assert sorted(p.name for p in (shared / 'geobench').iterdir()) == ['brick_kiln_v1.0', 'eurosat', 'southAfricaCropType']
 
 
@@ -202,6 +203,10 @@ def test_eurosat_bands_are_what_the_original_says(shared, tmp_path, monkeypatch)
     images = task.arrays('all', bands=order, progress=False)
     assert np.array_equal(images.x[0], tif) and task.classes[images.y[0]] == 'AnnualCrop' and task.level == 'l1c'
     assert task.specs.get('label_type').get('_class_names')[0] == 'Industrial Buildings' and any('classes' in n for n in task.notes) and any('renamed' in n for n in task.notes)
+    bare = tmp_path / 'bare' / 'eurosat'  # without statistics the pixels of the first samples tell
+    bare.mkdir(parents=True)
+    for name in ('id_0000', 'id_0001', 'id_0002'): shutil.copy(shared / 'geobench' / 'eurosat' / f'{name}.hdf5', bare)
+    assert GeoBench(bare).bands == tuple(order)
     as_published = GeoBench(shared / 'geobench' / 'eurosat', as_named=True).arrays('all', bands=['B8A', 'B9'], progress=False)
     assert np.array_equal(as_published.x[0], tif[[8, 9]]) and as_published.x[0, 1].mean() < 30
 
