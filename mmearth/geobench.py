@@ -55,7 +55,7 @@ GEOBENCH:dict[str, Task] = _tasks()  # by name, the paper's six first
 
 def declared(name:str)->Task|None: # None where it is no task of GEO-Bench
     "The declared task of that name or alias."
-    return next((t for t in GEOBENCH.values() if name == t.name or name in t.aliases), None)
+    return next((t for t in GEOBENCH.values() if name.lower() in (n.lower() for n in (t.name, *t.aliases))), None)
 
 # %% ../nbs/30_geobench.ipynb #images
 @dataclass
@@ -75,7 +75,7 @@ class Images:
 
     def take(self, positions)->'Images':
         "Some of the images, in the order given."
-        positions = np.arange(len(self))[positions]
+        positions = np.atleast_1d(np.arange(len(self))[positions])
         return Images(self.x[positions], self.y[positions], [self.ids[i] for i in positions], self.bands, self.kind, self.classes, self.level, self.unit, dict(self.standins))
 
     def standard(self, stats:dict[str, dict], # 'mean' and 'std' by band
@@ -186,6 +186,7 @@ def _open_pack(folder:Path, mark:str)->Packed|None:
 
 def _make_pack(task, folder:Path, mark:str, progress:bool)->Packed:
     "Writes a pack beside its place and moves it there."
+    for left in folder.parent.glob(f'{folder.name}.[0-9]*'): shutil.rmtree(left, ignore_errors=True)  # of one that was killed
     part = folder.with_name(f'{folder.name}.{os.getpid()}')
     part.mkdir(parents=True)
     try:
@@ -277,7 +278,7 @@ class TaskFolder:
         named, self.sensors, label = _layout(self.first)
         self.label = self.beside(self.first.stem) if label is None else label  # of the first sample
         told = read_json(self.root / 'band_stats.json') if (self.root / 'band_stats.json').is_file() else {}
-        told = {undated(k): v for k, v in told.items() if isinstance(v, dict)}
+        told = {undated(k): {s: x for s, x in v.items() if isinstance(x, (int, float))} for k, v in told.items() if isinstance(v, dict)}
         shown = told if told.keys() >= named.keys() else _seen(self.root, sorted(self.files)[:8], tuple(named))
         renamed, self.renamed = ({}, '') if as_named else misnamed({b: shown[p] for p, b in named.items()})
         self.planes = {p: b for p, n in named.items() if (b := renamed.get(n, n))}  # undated key -> band
@@ -369,8 +370,8 @@ class GeoBench(TaskFolder):
     def stats(self)->dict[str, dict[str, float]]:
         "Mean and deviation by band, as `band_stats.json` gives them."
         for p, b in self.planes.items():
-            bad = [k for k in ('mean', 'std') if not np.isfinite(self.numbers.get(b, {}).get(k, np.nan))]
-            if bad: raise StoreError(self.root / 'band_stats.json', p, f'no {" and no ".join(bad)}', 'unpack the download again, or use the statistics of the training images')
+            bad = [k for k in ('mean', 'std') if not np.isfinite(x := self.numbers.get(b, {}).get(k, np.nan)) or k == 'std' and x <= 0]
+            if bad: raise StoreError(self.root / 'band_stats.json', p, f'no {" and no ".join(bad)}', 'unpack the download again, or use `stats()` of the training images')
         return {b: {k: float(self.numbers[b][k]) for k in ('mean', 'std')} for b in self.bands}
 
     def arrays(self, split:str, # 'train', 'val', 'test', or 'all' files

@@ -297,6 +297,7 @@ def test_class_names_of_task_specs(tmp_path, writer, dataset):
 
 def test_declared_tasks():
     "The table is whole, and the manifest can fetch each of them."
+    assert declared('m-sa-crop-type').name == declared('M-SA-Crop-Type').name == 'm-SA-crop-type'
     assert len(GEOBENCH) == 12 and [len(t.classes) for t in GEOBENCH.values()] == [43, 17, 10, 2, 7, 10, 12, 2, 2, 7, 2, 2]
     assert GEOBENCH['m-bigearthnet'].sizes == (20000, 1000, 1000) and GEOBENCH['m-so2sat'].sizes == (19992, 986, 986)
     listed = set(read_manifest().files)
@@ -308,6 +309,8 @@ def test_declared_tasks():
 
 def test_a_pack_is_read_instead_of_the_files(tmp_path, dataset, monkeypatch):
     x = write_task(tmp_path / 't', dataset.Sentinel2)
+    (tmp_path / '.t.packed.4711').mkdir()  # left by one that was killed
+    (tmp_path / '.t.packed.4711' / 'x.npy').write_bytes(b'half')
     first = GeoBench(tmp_path / 't').arrays('train', progress=False)
     opened = []
     monkeypatch.setattr(geobench, 'read_sample', lambda path, planes=(): opened.append(path) or read_sample(path, planes))
@@ -404,6 +407,9 @@ def test_errors_name_the_file_the_key_and_the_remedy(tmp_path, dataset):
     fails(r'default_partition\.json: ', lambda r: (r / 'default_partition.json').write_text('{"train": ["s00'), lambda t: t.ids('train'))
     fails(r'default_partition\.json: not lists of names', lambda r: (r / 'default_partition.json').write_text('{"train": [1, 2]}'), lambda t: t.ids('train'))
     fails(r'band_stats\.json: 01 - Coastal aerosol: no mean and no std; unpack', lambda r: (r / 'band_stats.json').unlink(), lambda t: t.stats)
+    for bad in (dict(mean='dark', std=1.), dict(mean=float('nan'), std=1.), dict(mean=1., std=0.)):
+        numbers = {**json.loads((tmp_path / 'good' / 'band_stats.json').read_text()), '04 - Red': bad}
+        fails(r'band_stats\.json: 04 - Red: no (mean|std); unpack', lambda r: (r / 'band_stats.json').write_text(json.dumps(numbers)), lambda t: t.stats)
     fails(r'task_specs\.pkl: missing, and nothing else tells how many classes', lambda r: (r / 'label_map.json').unlink())
     fails(r'no \.hdf5 files; unpack', lambda r: [p.unlink() for p in r.glob('*.hdf5')])
     with pytest.raises(StoreError, match='m-eurosat: no such task; `mmearth download m-eurosat`'): GeoBench(tmp_path, 'm-eurosat')
