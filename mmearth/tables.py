@@ -130,7 +130,7 @@ def paper_cells(numbers:pd.DataFrame, # of `paper_numbers`
     cells = []
     for key, part in own.groupby([*SETTING, *CELL], sort=False):
         first, *rest = part.itertuples()
-        told = [f'{r.value:.1f} [{r.tag}]' for r in rest if (r.value, r.tag) != (first.value, first.tag)]
+        told = [f'{r.value:.1f} [{r.tag}]' for r in rest if r.value != first.value]
         cells.append(dict(zip([*SETTING, *CELL], key)) | dict(paper=first.value, tag=first.tag, source=first.source, others=', '.join(told)))
     return pd.DataFrame(cells)
 
@@ -250,7 +250,10 @@ def table_page(title:str, # first line
     measured, quoted = table['mean'].notna().sum(), table.paper.notna().sum()
     text += [f'Percent, with 95 % intervals over pretraining seeds, label subsets and test images. {quoted} of {len(table)} lines have a number of the paper, {measured} one of ours; '
              f'"{GAP}" is said of the rest. Each protocol is a column of its own and is compared with itself alone.' + (f' All lines: {shared}.' if shared else ''), '']
-    return '\n'.join([*text, markdown(overview(table)), '## Line by line', '', markdown(readable(table))])
+    paper = table.task.isin(TASK_NAMES)
+    for name, part in [('', table[paper]), *table[~paper].groupby('task', sort=False)]:
+        if len(part): text += [*([f'## {name}', ''] if name else []), markdown(overview(part))]
+    return '\n'.join([*text, '## Line by line', '', markdown(readable(table))])
 
 def work_page(work:pd.DataFrame, # of `other_work`
              )->str: # Markdown
@@ -261,8 +264,10 @@ def work_page(work:pd.DataFrame, # of `other_work`
         lines = {}
         for r in part.to_dict('records'):
             cell = f'{r["value"]:.1f}' + (f' ({r["low"]:.1f} to {r["high"]:.1f})' if r['tag'] == 'ours' else '')
-            lines.setdefault((r['model'], r['encoder'] or '-', f'runs {r["run_ids"]}' if r['tag'] == 'ours' else f'{r["source"]} [{r["tag"]}]'), {})[_cell_name(r, protocol=False)] = cell
-        frame = pd.DataFrame([dict(model=m, encoder=e) | {h: found.get(h, GAP) for h in heads} | {'known from': s} for (m, e, s), found in lines.items()])
+            found, sources = lines.setdefault((r['model'], r['encoder'] or '-'), ({}, {}))
+            found[_cell_name(r, protocol=False)] = cell
+            sources[f'runs {r["run_ids"]}' if r['tag'] == 'ours' else f'{r["source"]} [{r["tag"]}]'] = True
+        frame = pd.DataFrame([dict(model=m, encoder=e) | {h: found.get(h, GAP) for h in heads} | {'known from': '; '.join(sources)} for (m, e), (found, sources) in lines.items()])
         name = PROTOCOL_NAMES.get(protocol, protocol)
         text += [f'## {name[0].upper()}{name[1:]}', '', markdown(frame)]
     return '\n'.join(text)
