@@ -979,6 +979,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.tables.paper_table': ('tables.html#paper_table', 'mmearth/tables.py'),
                                 'mmearth.tables.published_setting': ('tables.html#published_setting', 'mmearth/tables.py'),
                                 'mmearth.tables.readable': ('tables.html#readable', 'mmearth/tables.py'),
+                                'mmearth.tables.result_rows': ('tables.html#result_rows', 'mmearth/tables.py'),
                                 'mmearth.tables.setting': ('tables.html#setting', 'mmearth/tables.py'),
                                 'mmearth.tables.table_page': ('tables.html#table_page', 'mmearth/tables.py'),
                                 'mmearth.tables.task_metrics': ('tables.html#task_metrics', 'mmearth/tables.py'),

@@ -21,6 +21,7 @@ from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from .atlas import about, biome_counts, climate, heights, holes, land_cover, levels, paper_months
 from .compare import METRICS, PROTOCOL_NAMES, percent
 from .figures import ARMS, family
+from .layers import hatch
 from .modalities import TASKS, modality, select
 from .tables import GRIDS, SETTING, TASK_NAMES, our_cells, paper_cells, task_metrics
 
@@ -108,6 +109,7 @@ def _gap_mark(ax, r, y:float)->None:
     "One number: filled with an interval where it is ours, hollow where it is quoted."
     mark, colour = READERS[r.reader]
     quoted = r.whose in ('paper', 'third party')
+    y += 0 if quoted else {'linear': -0.15, 'knn': 0.15}.get(r.reader, 0)
     if not quoted: ax.plot([r.low, r.high], [y, y], color=colour, lw=1.4, solid_capstyle='butt', zorder=3)
     ax.plot(r.value, y, mark, ms=6.5 if mark == 'o' else 5.8, mfc='white' if quoted else colour, mec=colour, mew=1.5, zorder=4)
 
@@ -134,7 +136,7 @@ def protocol_gap(rows:pd.DataFrame, # of `mmearth.tables.described`
     ax.tick_params(axis='y', length=0, labelsize=8.5)
     ax.xaxis.label.set_size(8.5)
     seen = table.drop_duplicates(['reader', 'whose']).assign(quoted=lambda t: t.whose.isin(('paper', 'third party'))).drop_duplicates(['reader', 'quoted'])
-    handles = [Line2D([], [], ls='', marker=READERS[r.reader][0], color=READERS[r.reader][1], mfc='white' if r.quoted else READERS[r.reader][1], mew=1.5, ms=6, label=f'{PROTOCOL_NAMES[r.reader]}, {r.whose if r.quoted else "ours"}') for r in seen.itertuples()]
+    handles = [Line2D([], [], ls='', marker=READERS[r.reader][0], color=READERS[r.reader][1], mfc='white' if r.quoted else READERS[r.reader][1], mew=1.5, ms=6, label=f'{PROTOCOL_NAMES[r.reader]} ({r.whose if r.quoted else "ours"})') for r in seen.itertuples()]
     if seen.quoted.all(): handles.append(Line2D([], [], ls='', label='ours: not available'))
     fig.legend(handles=handles, loc='outside upper center', ncol=2, frameon=False, fontsize=8)
     return Drawn(fig, table)
@@ -209,11 +211,10 @@ def reconstruction_figure(folder:str|Path, # of a pretraining run
         limits = (float(finite.min()), float(finite.max())) if finite.size else (0., 1.)
         truth, predicted, hidden = _rendered(task, true, limits), _rendered(task, guess, limits), mask[..., None]
         for ax, picture in zip(column, (np.where(hidden, black, truth), predicted, np.where(hidden, predicted, truth), truth)):
-            ax.set(xticks=[], yticks=[], facecolor='#f2f2f2')
-            for spine in ax.spines.values(): spine.set(color='#b0b0b0', lw=0.6)
-            if picture[..., 3].any(): ax.imshow(picture, interpolation='nearest')
-            else: ax.text(0.5, 0.5, 'not measured', transform=ax.transAxes, ha='center', va='center', fontsize=8, color=_GREY)
-            ax.set_aspect('equal') if picture[..., 3].any() else ax.set_box_aspect(1)
+            drawn = picture[..., 3].any()
+            hatch(ax, '' if drawn else 'not measured')
+            if drawn: ax.imshow(picture, interpolation='nearest', zorder=1)
+            else: ax.set_box_aspect(1)
         column[0].set_title(COLUMNS[task][0], fontsize=9)
         lines.append(dict(task=task) | _hidden_error(task, true, guess, mask))
     for ax, row in zip(axes[:, 0], ('Masked', 'Reconstruction', 'Reconstruction\n+ Visible', 'Original')): ax.set_ylabel(row, fontsize=9)
@@ -262,13 +263,13 @@ def architecture()->Drawn:
     _patches(ax, 8.5, 3.2, 2.6, np.where(seen[..., None], plt.get_cmap('magma')(0.35 + 0.5 * land.mean(-1))[..., :3], token))
     ax.add_patch(Polygon([(3.9, 2.7), (3.9, 6.3), (6.9, 5.5), (6.9, 3.5)], fc='#dbe6f2', ec='#2B6CA3', lw=1.2))
     ax.add_patch(FancyBboxPatch((11.9, 3.5), 1.5, 2.0, boxstyle='round,pad=0.05', fc='#efe7f6', ec='#6C5B9E', lw=1.2))
-    for (x, y), text, size in (((5.4, 4.5), 'encoder\nConvNeXt V2\nvisible patches only', 8.5), ((12.65, 4.5), 'decoder\nblock\n7 x 7', 8.5), ((1.5, 2.75), 'Sentinel-2, 7 x 7 patches\n30 of 49 hidden', 8), ((9.8, 2.75), 'features in their places,\nmask tokens elsewhere', 8),
-                              ((15.6, 8.72), 'pixel-level heads', 9), ((15.6, 4.02), 'image-level heads, average pooling', 9)):
-        ax.text(x, y, text, ha='center', va='center' if size > 8 else 'top', fontsize=size, color=_INK, fontweight='bold' if 'heads' in text else None)
+    for (x, y), text, size in (((5.4, 4.5), 'ConvNeXt V2\non the visible\npatches alone', 8.5), ((12.65, 4.5), 'one\nConvNeXt\nblock', 8.5), ((1.5, 2.75), 'Sentinel-2, 7 x 7 patches\n30 of 49 hidden', 8), ((9.8, 2.75), 'features in their places,\nmask tokens elsewhere', 8),
+                              ((1.5, 6.45), 'input', 9.5), ((5.4, 6.75), 'sparse encoder', 9.5), ((9.8, 6.45), '7 x 7 features', 9.5), ((12.65, 6.45), 'decoder', 9.5), ((12.55, 2.75), 'averaged for\nimage level', 8), ((16.2, 8.72), 'pixel-level heads', 9.5), ((16.2, 3.95), 'image-level heads', 9.5)):
+        ax.text(x, y, text, ha='center', va='center' if size > 8 else 'top', fontsize=size, color=_INK, fontweight='bold' if size > 9 else None)
     for a, b in (((2.8, 4.5), (3.9, 4.5)), ((6.9, 4.5), (8.5, 4.5)), ((11.1, 4.5), (11.85, 4.5))): _arrow(ax, a, b)
     for i, r in enumerate(heads.itertuples()):
         pixel = r.level == 'pixel'
-        y, colour = (7.95 if pixel else 3.25) - 0.62 * (i % 6), family(r.task).colour
+        y, colour = (8.0 if pixel else 3.22) - 0.62 * (i % 6), family(r.task).colour
         ax.plot([13.45, 14.05, 14.4], [4.5, y + 0.24, y + 0.24], color='#b0b0b0', lw=0.9, zorder=0)
         ax.add_patch(FancyBboxPatch((14.45, y), 2.25, 0.48, boxstyle='round,pad=0.02', fc=colour, ec='none', alpha=0.9))
         ax.text(15.57, y + 0.235, _HEADS[r.task], ha='center', va='center', fontsize=8, color='white')

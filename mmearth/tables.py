@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTING', 'TASK_NAMES', 'DATA_NAMES', 'FLOOR', 'CELL', 'GRIDS', 'GAP', 'task_metrics', 'paper_numbers', 'setting',
-           'published_setting', 'described', 'our_cells', 'paper_cells', 'paper_table', 'own_table', 'other_work',
-           'readable', 'overview', 'table_page', 'work_page']
+           'published_setting', 'result_rows', 'described', 'our_cells', 'paper_cells', 'paper_table', 'own_table',
+           'other_work', 'readable', 'overview', 'table_page', 'work_page']
 
 # %% ../nbs/35_tables.ipynb #imports
 import itertools
@@ -88,11 +88,22 @@ def _origin(run:dict, by_id:dict)->tuple[dict, str, str, object]: # setting, che
     released = _PUBLISHED.search(said)
     return published_setting(said) or unknown, Path(said).stem, f'released {released[0]}' if released else _unseeded(run['run_id']), None
 
+def result_rows(runs:list[dict], # kept runs, as `load_runs` of 40_report gives them
+               )->pd.DataFrame: # their result rows, with run_id
+    "Result rows of those runs that evaluated something; others, such as benchmarks, keep rows of another kind."
+    wanted = ['task', 'protocol', 'fraction', 'seed', 'split', 'metric', 'value', 'low', 'high']
+    found = [r['rows'].assign(run_id=r['run_id']) for r in runs if r.get('rows') is not None and set(wanted) <= set(r['rows'])]
+    for rows in found:
+        bad = rows[~(rows[['value', 'low', 'high']].apply(pd.to_numeric, errors='coerce').apply(lambda c: c.between(0, 1)).all(axis=1))]
+        if len(bad): raise ValueError(f'{rows.run_id.iloc[0]}/rows.csv, line {bad.index[0] + 2}: value, low and high are {bad[["value", "low", "high"]].iloc[0].tolist()}, not numbers from 0 to 1; run its notebook again')
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*wanted, 'run_id'])
+
 def described(rows:pd.DataFrame, # result rows with `run_id`, as `load_rows` of 40_report gives them
               runs:list[dict], # the kept runs, those of the pretraining among them, as `load_runs` gives them
              )->pd.DataFrame: # the rows with SETTING, epochs, checkpoint, pretrain_seed, group
     "Result rows with what their pretraining was; `group` holds together runs that differ in their seed alone."
     by_id = {r['run_id']: r for r in runs}
+    if rows.empty: return rows.reindex(columns=[*rows.columns, *SETTING, 'epochs', 'checkpoint', 'group', 'pretrain_seed'])
     unknown = sorted(set(rows.run_id) - set(by_id))
     if unknown: raise KeyError(f'rows of {", ".join(unknown[:3])}: no such kept run; give the runs of the same folder')
     facts = []
