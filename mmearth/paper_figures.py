@@ -211,7 +211,7 @@ def reconstruction_figure(folder:str|Path, # of a pretraining run
         limits = (float(finite.min()), float(finite.max())) if finite.size else (0., 1.)
         truth, predicted, hidden = _rendered(task, true, limits), _rendered(task, guess, limits), mask[..., None]
         for ax, picture in zip(column, (np.where(hidden, black, truth), predicted, np.where(hidden, predicted, truth), truth)):
-            drawn = picture[..., 3].any()
+            drawn = truth[..., 3].any()  # a head that was never taught has nothing to show
             hatch(ax, '' if drawn else 'not measured')
             if drawn: ax.imshow(picture, interpolation='nearest', zorder=1)
             else: ax.set_box_aspect(1)
@@ -313,6 +313,6 @@ def dataset_figures(report:dict, # of `mmearth.inspect.inspect`, or inspect.json
                  biomes=Drawn(biome_counts(report), pd.DataFrame(list(report['biomes'].items()), columns=['biome', 'tiles'])))
     cover = [n for n in ('dynamic_world', 'esa_worldcover') if n in report.get('classes', {})]
     if cover: drawn['classes'] = Drawn(land_cover(report), _long(report, 'classes', *cover))
-    if any(k.startswith('era5') for k in report['histograms']): drawn['temperature'] = Drawn(climate(report), _bins(report, 'era5/curr_month'))
-    if 'aster/elevation' in report['histograms']: drawn['elevation'] = Drawn(heights(report), pd.concat([_bins(report, 'aster/'), _bins(report, 'canopy_height_eth/')], ignore_index=True))
+    if len(warm := _bins(report, 'era5/curr_month')): drawn['temperature'] = Drawn(climate(report), warm)
+    if len(_bins(report, 'aster/elevation')): drawn['elevation'] = Drawn(heights(report), pd.concat([_bins(report, 'aster/'), _bins(report, 'canopy_height_eth/')], ignore_index=True))
     return drawn | dict(holes=Drawn(holes(report), _long(report, 'nodata', *report['nodata']).rename(columns=dict(name='band', count='share'))))
