@@ -11,6 +11,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmearth.atlas._short': ('atlas.html#_short', 'mmearth/atlas.py'),
                                'mmearth.atlas.about': ('atlas.html#about', 'mmearth/atlas.py'),
                                'mmearth.atlas.biome_counts': ('atlas.html#biome_counts', 'mmearth/atlas.py'),
+                               'mmearth.atlas.cells': ('atlas.html#cells', 'mmearth/atlas.py'),
                                'mmearth.atlas.climate': ('atlas.html#climate', 'mmearth/atlas.py'),
                                'mmearth.atlas.density': ('atlas.html#density', 'mmearth/atlas.py'),
                                'mmearth.atlas.heights': ('atlas.html#heights', 'mmearth/atlas.py'),
