@@ -34,15 +34,19 @@ def comparison_table(rows:pd.DataFrame, # result rows of probes, with an `arm` c
     "Mean and 95 % interval of every arm in every setting, over pretraining runs, label subsets and test images."
     missing = {'protocol', 'fraction', 'split', 'metric', 'seed', 'value', 'low', 'high', 'run_id'} - set(rows)
     if missing: raise ValueError(f'comparison_table: rows lack {", ".join(sorted(missing))}; they come from mmearth.probe.probe')
+    if 'task' in rows and rows.task.nunique() > 1: raise ValueError(f'comparison_table: {rows.task.nunique()} tasks ({", ".join(rows.task.unique()[:4])}) cannot share a mean; give the rows of one')
     rows = rows if 'arm' in rows else rows.assign(arm=rows.run_id)
     keys = ['arm', 'protocol', 'fraction', 'split', 'metric']
     return pd.DataFrame([dict(zip(keys, key)) | _summary(g) for key, g in rows.groupby(keys, sort=False)]).sort_values(
         ['split', 'metric', 'protocol', 'fraction'], kind='stable', ignore_index=True)
 
 # %% ../nbs/34_compare.ipynb #readable
-SPLITS = dict(val='validation', test_image='held-out images', test_region='held-out regions', images='held-out images', regions='held-out regions')
-METRICS = dict(accuracy='accuracy', macro_f1='macro-F1')
-PROTOCOL_NAMES = dict(linear='linear probe', knn='nearest neighbours', finetune='fine-tuning')
+SPLITS = dict(val='validation', test='test images', test_image='held-out images', test_region='held-out regions', images='held-out images', regions='held-out regions')
+METRICS = dict(accuracy='accuracy', macro_f1='macro-F1', micro_f1='micro-F1', micro_f1_before_fix='micro-F1 averaged over batches', micro_map='micro-mAP', macro_map='macro-mAP', macro_iou='mean IoU')
+PROTOCOL_NAMES = {'linear': 'linear probe', 'knn': 'nearest neighbours', 'finetune': 'fine-tuning', 'segmentation': 'linear segmentation probe',
+    'linear-paper': "linear probe, paper's recipe", 'finetune-paper': "fine-tuning, paper's recipe", 'unet-paper': "UNet, paper's recipe",
+    'knn-galileo': "nearest neighbours, Galileo's protocol", 'finetune-galileo': "fine-tuning, Galileo's protocol", 'segmentation-galileo': "linear segmentation probe, Galileo's protocol",
+    'linear-torchgeo-bench': 'linear probe, torchgeo-bench', 'knn5-torchgeo-bench': 'five neighbours, torchgeo-bench', 'linear-dinov3': 'linear probe, DINOv3 card', 'decoder-dinov3': 'frozen with a decoder, DINOv3 card'}
 
 def percent(fraction:float)->str:
     "A share of the labels as text."

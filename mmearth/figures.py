@@ -149,11 +149,12 @@ def _labels_axis(ax, fractions:list, rows:pd.DataFrame)->None:
 def write_table(name:str, # file name without ending
                 frame:pd.DataFrame, # a `comparison_table`, or any other
                 into:str|Path='reports/tables', # folder, relative to the repository
+                page:str='', # Markdown to keep beside the CSV; the table itself by default
                )->Path: # the CSV
     "Keeps a table as CSV, and as Markdown beside it."
-    readable = wide_table(frame) if {'arm', 'mean', 'low', 'high'} <= set(frame) else frame
+    readable = wide_table(frame) if {'arm', 'mean', 'low', 'high'} <= set(frame) and not page else frame
     path = Keep(into).csv(name, frame)
-    path.with_suffix('.md').write_text(markdown(readable))
+    path.with_suffix('.md').write_text(page or markdown(readable), encoding='utf-8')
     return path
 
 # %% ../nbs/41_figures.ipynb #save-figure
@@ -162,9 +163,11 @@ def save_figure(name:str, # file name without ending
                 run_ids, # runs it was drawn from
                 maker:str, # notebook that drew it
                 into:str|Path='reports/figures', # folder, relative to the repository
+                numbers:pd.DataFrame|None=None, # what was drawn, kept beside it as CSV
                )->Path: # the PNG
     "Keeps a figure as PNG with a sidecar that says where it comes from."
     keep = Keep(into)
+    if numbers is not None: keep.csv(name, numbers)
     png, side = keep.path / f'{name}.png', keep.path / f'{name}.json'
     facts_, old = dict(maker=maker, run_ids=sorted(set(map(str, run_ids)))), png.read_bytes() if png.is_file() else b''
     if isinstance(fig, Path): png.write_bytes(fig.read_bytes())

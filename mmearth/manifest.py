@@ -50,7 +50,8 @@ TABLES = dict(  # columns of each table; the first one of those in UNIQUE may no
     datasets=('dataset', 'title', 'what', 'page', 'version', 'tile_px'),
     sources=('modality', 'collection_id', 'provider', 'version', 'native_gsd_m', 'licence', 'citation', 'accessed', 'source'),
     citations=('key', 'text', 'url'),
-    hashes=('path', 'bytes', 'sha256', 'url', 'recorded'))
+    hashes=('path', 'bytes', 'sha256', 'url', 'recorded'),
+    paper_numbers=('table', 'model', 'pretrain', 'input', 'targets', 'encoder', 'loss', 'image', 'task', 'protocol', 'fraction', 'metric', 'split', 'repeat', 'value', 'unit', 'tag', 'source', 'note'))
 UNIQUE = 'files', 'datasets', 'citations', 'hashes'
 _name, _web = r'[A-Za-z0-9_][\w.+-]*', r'https?://[^\s/]+(/\S*)?'
 PATTERNS = dict(  # column -> what a cell must be, in two languages
@@ -62,7 +63,10 @@ PATTERNS = dict(  # column -> what a cell must be, in two languages
     sha256=(r'|[0-9a-f]{64}', '64 hexadecimal digits in lower case, or blank'),
     page=(_web, 'an address that begins with http'), modality=(_name, 'a name of the table of modalities'),
     native_gsd_m=(r'|\d+(\.\d+)?(/\d+(\.\d+)?)*', 'metres, several divided by /, or blank'), accessed=(r'\d{4}-\d\d-\d\d', 'a date such as 2026-11-23'),
-    collection_id=('.*', 'one line'), version=('.*', 'one line'), url=(rf'|{_web}', 'an address that begins with http'))
+    collection_id=('.*', 'one line'), version=('.*', 'one line'), url=(rf'|{_web}', 'an address that begins with http'),
+    **dict.fromkeys(('pretrain', 'input', 'targets', 'encoder', 'loss', 'image', 'note'), (r'|\S(.*\S)?', 'a text without blanks at its ends, or nothing')),
+    table=(r'[a-g]\.\d+', 'a section such as a.1'), fraction=(r'1|0\.\d+', 'a share of the labels such as 0.05'), repeat=('[1-9]', 'a number from 1 to 9'),
+    value=(r'\d{1,2}(\.\d+)?|100', 'a number from 0 to 100'), unit=('percent', 'percent'), tag=('IMG|DIG|CODE|GIT|3P', 'IMG, DIG, CODE, GIT or 3P'))
 
 def read_table(path, # a CSV file
                name:str, # its row in TABLES
@@ -126,13 +130,13 @@ class Manifest:
 def manifest_folder()->Path:
     "Folder of the tables: in an installed package, else in the repository."
     package = Path(str(files('mmearth')))
-    return package / 'tables' if (package / 'tables').is_dir() else package.parent / 'data_manifest'
+    return package / 'manifest_tables' if (package / 'manifest_tables').is_dir() else package.parent / 'data_manifest'
 
 def read_manifest(folder=None, # with the five tables; our own by default
                  )->Manifest:
     "Reads the tables and holds them against each other."
     folder = Path(folder or manifest_folder())
-    table = {name: read_table(folder / f'{name}.csv', name) for name in TABLES if name != 'hashes'}
+    table = {name: read_table(folder / f'{name}.csv', name) for name in TABLES if name not in ('hashes', 'paper_numbers')}
     known = {name: {r[key] for r in table[name]} for name, key in (('files', 'path'), ('datasets', 'dataset'), ('citations', 'key'))}
     urls = {p: [] for p in known['files']}
     def refer(name, row, key, where, among):

@@ -283,9 +283,9 @@ def index(runs:str|Path='reports/runs', # where runs are kept
         star = '*' if env.get('dirty') is True else ''
         lines.append(f"| [{r['run_id']}]({folder.name}/{r['run_id']}/run.ipynb) | {env.get('notebook', '')} | {_headline(r['metrics'])} "
                      f"| {env.get('seconds', 0) / 60:.1f}, {env.get('device', '')} | {str(env.get('commit', ''))[:10]}{star} |")
-    for title, pattern in (('Tables', 'tables/*.md'), ('Figures', 'figures/*.png')):
-        kept = sorted(folder.parent.glob(pattern))
-        if kept: lines += ['', f'## {title}', '', *(f'- [{p.stem}]({p.parent.name}/{p.name})' for p in kept)]
+    for title, pattern in (('Pages', '*.md'), ('Tables', 'tables/*.md'), ('Figures', 'figures/*.png')):
+        kept = [p for p in sorted(folder.parent.glob(pattern)) if p.name != 'README.md']
+        if kept: lines += ['', f'## {title}', '', *(f'- [{p.stem}]({p.relative_to(folder.parent).as_posix()})' for p in kept)]
     return _write(folder.parent / 'README.md', '\n'.join(lines) + '\n')
 
 # %% ../nbs/40_report.ipynb #main
