@@ -19,7 +19,7 @@ from .eurosat import write_eurosat
 from .splits import read_outline
 from .pack import open_tiles
 from .pretrain import checkpoints, latest
-from .recipe import Recipe, RecipeError, check, to_dict
+from .recipe import Recipe, RecipeError, check, differences, to_dict
 from .report import RunError, declared, index, load_runs, repo_root, run_notebook
 from .store import Store, StoreError, TileSet
 from .synthetic import planet, write_store
@@ -113,8 +113,9 @@ def load_experiment(path:Path)->Experiment:
 def finished(run_id:str, params:dict, runs:str, weights:str='')->bool:
     "Is this run kept, made with these parameters (and, for a probe, with these weights)?"
     kept = [r for r in load_runs(run_id, runs) if r['run_id'] == run_id]
-    same = bool(kept) and all(kept[0]['params'].get(k) == v for k, v in params.items())
-    return same and (not weights or kept[0]['metrics'].get('weights') == weights)
+    if not kept: return False
+    before = declared(repo_root() / 'nbs' / 'runs' / f'{kept[0]["env"]["notebook"]}.ipynb') | kept[0]['params']
+    return before.keys() >= params.keys() and differences(before, before | params) == [] and (not weights or kept[0]['metrics'].get('weights') == weights)
 
 def job(e:Experiment, arm:str, seed:int, runs:str, threads:int)->str:
     "Pretrains and probes one arm with one seed; returns its run id."
