@@ -16,13 +16,16 @@ from sklearn.preprocessing import LabelBinarizer
 from torch import Tensor
 
 # %% ../nbs/30c_logistic.ipynb #losses
-def losses(z:Tensor, # (n, P, K) logits
-           y:Tensor, # int64 (n, 1, 1) classes, or float (n, P, 1) of 0 and 1
-          ): # (P,) mean losses; function without arguments -> (n, P, K) probabilities minus truth
+def losses(z:Tensor, # (P, K, n) logits
+           y:Tensor, # int64 (1, 1, n) classes, or float (P, 1, n) of 0 and 1
+          ): # (P,) mean losses; function without arguments -> (P, K, n) probabilities minus truth
     "Cross-entropy of every problem."
-    if y.is_floating_point(): return (F.softplus(z) - z * y).mean(0)[:, 0], lambda: torch.sigmoid(z).sub_(y)
-    total = z.logsumexp(-1, keepdim=True)
-    return (total - z.gather(-1, y)).mean(0)[:, 0], lambda: (z - total).exp_().scatter_add_(-1, y, torch.full(y.shape, -1, dtype=z.dtype))
+    if y.is_floating_point(): return (F.softplus(z) - z * y).mean(-1)[:, 0], lambda: torch.sigmoid(z).sub_(y)
+    top = z.amax(1, keepdim=True)
+    e = (z - top).exp_()
+    total = e.sum(1, keepdim=True)
+    loss = (total.log() + top - z.gather(1, y)).mean(-1)[:, 0]
+    return loss, lambda: (e / total).scatter_add_(1, y, torch.full(y.shape, -1, dtype=z.dtype))
 
 # %% ../nbs/30c_logistic.ipynb #direction
 def _dot(a:Tensor, b:Tensor)->Tensor: # (P,)
@@ -58,11 +61,11 @@ def minimise(x:Tensor, # (n, D), last column ones
             )->tuple[Tensor, int]: # (P, K, D) solutions, iterations
     "Coefficients that minimise mean loss plus half the penalised squares, for all problems."
     solved, live, pairs = w.clone(), torch.arange(len(w)), []
-    def logits(w): return (x @ w.flatten(0, 1).T).view(len(x), -1, w.shape[1])
+    def logits(w): return (w.flatten(0, 1) @ x.T).view(*w.shape[:2], -1)
     def value(z, w):
         loss, residual = losses(z, y)
         return loss + (penalty * w * w).sum((1, 2)) / 2, residual
-    def gradient(residual, w): return (residual().flatten(1).T @ x).view_as(w) / len(x) + penalty * w
+    def gradient(residual, w): return (residual().flatten(0, 1) @ x).view_as(w) / len(x) + penalty * w
     z = logits(w)
     f, residual = value(z, w)
     g = gradient(residual, w)
@@ -70,14 +73,14 @@ def minimise(x:Tensor, # (n, D), last column ones
         go = _dot(g, g * inverse) / 2 > tol * f
         if not go.all():
             solved[live[~go]] = w[~go]
-            live, w, g, f, inverse, z = live[go], w[go], g[go], f[go], inverse[go], z[:, go]
-            y, pairs = y[:, go] if y.is_floating_point() else y, [(s[go], v[go]) for s, v in pairs]
+            live, w, g, f, inverse, z = live[go], w[go], g[go], f[go], inverse[go], z[go]
+            y, pairs = y[go] if y.is_floating_point() else y, [(s[go], v[go]) for s, v in pairs]
         if not len(live): return solved, iteration
         d = direction(g, inverse, pairs)
         slope, along, t = _dot(g, d), logits(d), torch.ones(len(live), dtype=x.dtype)
         for _ in range(40):
             next_w = w + t[:, None, None] * d
-            next_f, residual = value(next_z := z + t[:, None] * along, next_w)
+            next_f, residual = value(next_z := z + t[:, None, None] * along, next_w)
             short = next_f > f + 1e-4 * t * slope + 1e-14 * f
             if not short.any(): break
             t = torch.where(short, t / 2, t)
@@ -91,8 +94,8 @@ def minimise(x:Tensor, # (n, D), last column ones
 def _begin(x:Tensor, y, eigen:Tensor):
     "Truth as a tensor, first coefficients (P, K, D) and shares p(1-p) of the classes (P, K, 1)."
     y = torch.as_tensor(y)
-    if y.ndim == 2: truth, share = y.to(x.dtype)[:, :, None], y.double().mean(0)[:, None]
-    else: truth, share = y.long()[:, None, None], (torch.bincount(y.long()).double() / len(y))[None]
+    if y.ndim == 2: truth, share = y.T.to(x.dtype)[:, None].contiguous(), y.double().mean(0)[:, None]
+    else: truth, share = y.long()[None, None], (torch.bincount(y.long()).double() / len(y))[None]
     w = torch.zeros(*share.shape, len(eigen) + 1, dtype=x.dtype)
     w[..., -1] = torch.logit(share) if y.ndim == 2 else share.log()
     return truth, w, (share * (1 - share))[..., None]
@@ -101,6 +104,7 @@ def regressions(x:np.ndarray, # (n, F) standardised features
                 y:np.ndarray, # int (n,) classes 0 to K-1, all of which occur, or bool (n, K)
                 grid, # strengths C
                 tol:float=1e-8, # see `minimise`
+                begin:tuple[np.ndarray, np.ndarray]|None=None, # weight and intercept to begin with, of another strength
                )->Iterator[tuple[float, np.ndarray, np.ndarray, int]]: # C, weight (K, F), intercept (K,), iterations
     "Logistic regressions from the strongest penalty to the weakest."
     x, y = torch.as_tensor(np.asarray(x, np.float64)), np.asarray(y)
@@ -112,12 +116,13 @@ def regressions(x:np.ndarray, # (n, F) standardised features
     eigen, axes = eigen[kept], axes[:, kept]
     z = torch.cat([x @ axes, torch.ones(n, 1, dtype=x.dtype)], 1)
     truth, w, spread = _begin(z, y[:, varied] if multi else y, eigen)
+    if begin is not None: w[..., :-1], w[..., -1] = (torch.as_tensor(b[varied] if multi else b).view(*w.shape[:2], *b.shape[1:]) for b in (begin[0] @ axes.numpy(), begin[1]))
     for C in sorted(grid):
         penalty = torch.full((len(eigen) + 1,), 1 / (C * n), dtype=x.dtype).index_fill_(0, torch.tensor(len(eigen)), 0)
         w, iterations = minimise(z, truth, penalty, w, 1 / (spread * torch.cat([eigen, eigen.new_ones(1)]) + penalty), tol)
-        logits = (z @ w.flatten(0, 1).T).view(n, *w.shape[:2])
-        p = torch.sigmoid(logits) if multi else logits.softmax(-1)
-        spread = (p * (1 - p)).mean(0)[..., None].clamp(min=1e-6)
+        logits = (w.flatten(0, 1) @ z.T).view(*w.shape[:2], n)
+        p = torch.sigmoid(logits) if multi else logits.softmax(1)
+        spread = (p * (1 - p)).mean(-1, keepdim=True).clamp(min=1e-6)
         found = w.flatten(0, 1)
         weight, bias = np.zeros((y.shape[1], x.shape[1])) if multi else 0, np.log((y.sum(0) + .5) / ((~y).sum(0) + .5)) if multi else 0
         if multi: weight[varied], bias[varied] = (found[:, :-1] @ axes.T).numpy(), found[:, -1].numpy()

@@ -47,6 +47,7 @@ class Planes:
 
     def __len__(self): return len(self.x)
     def bands(self, name:str='sentinel2')->tuple[str, ...]: return tuple(self.names)
+    def named(self, modalities=None)->list[str]: return ['sentinel2']
 
     @property
     def levels(self)->np.ndarray: return np.full(len(self.x), self.level) if isinstance(self.level, str) else np.asarray(self.level)
@@ -211,11 +212,6 @@ def _codes(train_y, val_y)->tuple: # classes, training labels, validation labels
     if not shared.any(): raise ValueError(f'linear_probe: none of the {len(shared)} validation images has a class of the training images; give others')
     return classes, codes, np.searchsorted(classes, val_y[shared]), shared
 
-def _fit(x, y, classes, grid):
-    "scikit-learn classifiers along the grid."
-    two = y.ndim == 1 and len(classes) == 2  # one logit
-    for C, weight, intercept, _ in regressions(x, y[:, None] == 1 if two else y, grid): yield as_sklearn(C, classes, weight, intercept)
-
 def linear_probe(train_x:np.ndarray, # (n, F)
                  train_y, # (n,) classes, or bool (n, K)
                  val_x:np.ndarray, # (m, F), chooses the strength
@@ -227,14 +223,16 @@ def linear_probe(train_x:np.ndarray, # (n, F)
     classes, y, w, counted = _codes(train_y, val_y)
     scaler = StandardScaler().fit(np.asarray(train_x, np.float64))
     x, v = (scaler.transform(np.asarray(a, np.float64)) for a in (train_x, np.asarray(val_x)[counted]))
+    def target(y): return y[:, None] == 1 if y.ndim == 1 and len(classes) == 2 else y  # two classes are one logit
     best, best_score = None, (-1, 0)
-    for model in _fit(x, y, classes, grid):
-        p = model.predict_proba(v)
+    for found in regressions(x, target(y), grid, tol=1e-6):
+        p = as_sklearn(found[0], classes, *found[1:3]).predict_proba(v)
         fit = average_precision_score(w, p, average='micro') if y.ndim == 2 else (p.argmax(1) == w).mean()
         score = fit, -F.binary_cross_entropy(torch.tensor(p), torch.tensor(w).double()).item() if y.ndim == 2 else -log_loss(w, p, labels=range(p.shape[1]))
-        if score > best_score: best, best_score = model, score
-    if refit: best, = _fit(np.concatenate([x, v]), np.concatenate([y, w]), classes, (best.C,))
-    return Pipeline([('scale', scaler), ('logistic', best)])
+        if score > best_score: best, best_score = found, score
+    if refit: x, y = np.concatenate([x, v]), np.concatenate([y, w])
+    C, weight, intercept, _ = next(regressions(x, target(y), best[:1], begin=best[1:3]))
+    return Pipeline([('scale', scaler), ('logistic', as_sklearn(C, classes, weight, intercept))])
 
 # %% ../nbs/31_probe.ipynb #probe-splits
 def _answers(protocol:str, train, val, tests:dict, refit:bool)->tuple[dict, float, float]:
