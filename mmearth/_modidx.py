@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mmearth.conclusions.comparisons': ('conclusions.html#comparisons', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions.conclusions': ('conclusions.html#conclusions', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions.holm': ('conclusions.html#holm', 'mmearth/conclusions.py'),
+                                     'mmearth.conclusions.ordered': ('conclusions.html#ordered', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions.paired': ('conclusions.html#paired', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions.ranks': ('conclusions.html#ranks', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions.verdict': ('conclusions.html#verdict', 'mmearth/conclusions.py')},

@@ -77,6 +77,7 @@ def headline(table:pd.DataFrame, # of `comparison_table`
              baseline:str|None=None, # the one before `arm` by default
              protocol:str='linear', # reader
              metric:str='accuracy', # score
+             lead:bool=True, # begin with the reader, the score and the kind of interval
             )->str:
     "Where the intervals of two arms part, and where they do not, as a sentence for each split."
     t = table[(table.protocol == protocol) & (table.metric == metric)]
@@ -96,5 +97,7 @@ def headline(table:pd.DataFrame, # of `comparison_table`
             told = f'{percent(first)}{"" if parts else " of the labels"} ({100 * a["mean"][first]:.1f} against {100 * b["mean"][first]:.1f})'
             parts.append(f'{word} {"it" if parts else f"`{baseline}`"} with {_listed([told, *map(percent, more)])}')
         sentences.append(f'on {SPLITS.get(split, split)} `{arm}` is {", and ".join(parts)}')
+    if not sentences: return f'`{arm}` and `{baseline}` have no share of the labels in common.'
+    if not lead: return f'{"; ".join(sentences)}.'.replace('on ', 'On ', 1)
     name = PROTOCOL_NAMES.get(protocol, protocol)
     return f'{name[0].upper()}{name[1:]}, {METRICS.get(metric, metric)} in %, 95 % intervals: {"; ".join(sentences)}.'
