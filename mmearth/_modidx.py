@@ -972,6 +972,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.tables._unseeded': ('tables.html#_unseeded', 'mmearth/tables.py'),
                                 'mmearth.tables._words': ('tables.html#_words', 'mmearth/tables.py'),
                                 'mmearth.tables.described': ('tables.html#described', 'mmearth/tables.py'),
+                                'mmearth.tables.main_rows': ('tables.html#main_rows', 'mmearth/tables.py'),
                                 'mmearth.tables.other_work': ('tables.html#other_work', 'mmearth/tables.py'),
                                 'mmearth.tables.our_cells': ('tables.html#our_cells', 'mmearth/tables.py'),
                                 'mmearth.tables.overview': ('tables.html#overview', 'mmearth/tables.py'),

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from .compare import METRICS, PROTOCOL_NAMES, SPLITS, comparison_table, headline, markdown, percent, t_interval
-from .tables import SETTING, TASK_NAMES, task_metrics
+from .tables import SETTING, TASK_NAMES, main_rows
 
 # %% ../nbs/36_conclusions.ipynb #paired
+_INVENTED = 'synthetic|standin|scenes-'  # data and tasks of synthetic Earth
 _SINGLE = ('', 'S2', 'BGR', 'RGB')  # targets that are no more than the input
 CELLS = ['task', 'protocol', 'fraction', 'split', 'metric']  # within which arms are compared
 
@@ -56,7 +57,7 @@ def ordered(rows:pd.DataFrame, # of `described`
 def comparisons(rows:pd.DataFrame, # of `described`
                )->pd.DataFrame: # arm, baseline, CELLS, of `paired`, and whether the arms' own intervals part
     "All pairs of groups in every cell they share: the paired difference, and whether their intervals part."
-    rows = rows[(rows.split != 'val') & (rows.metric == rows.task.map(lambda t: task_metrics(t)[0]))]
+    rows = main_rows(rows)
     found = []
     for task, part in rows.groupby('task', sort=False):
         table = comparison_table(part.assign(arm=part.group))
@@ -101,7 +102,8 @@ def verdict(claim:int, # 1, 2 or 3
             rows:pd.DataFrame, # of `described`
            )->tuple[str, pd.DataFrame]: # one of VERDICTS, the cells behind it with ``corrected` p-values and what `counts`
     "What the rows say about a claim of the paper."
-    rows = rows[(rows.split != 'val') & (rows.metric == rows.task.map(lambda t: task_metrics(t)[0])) & ~rows.pretrain.astype(str).str.startswith('synthetic') & ~rows.task.astype(str).str.contains('synthetic')]
+    rows = main_rows(rows)
+    rows = rows[~rows.pretrain.astype(str).str.contains(_INVENTED) & ~rows.task.astype(str).str.contains(_INVENTED)]
     found = [paired(rows, a, b).assign(arm=a, baseline=b) for a, b in _pairs_of(claim, rows)]
     found = [f for f in found if len(f)]
     if not found: return 'untested', pd.DataFrame(columns=['arm', 'baseline', *CELLS, *_PAIR, 'corrected', 'counts'])
@@ -164,7 +166,7 @@ def _intervals(rows:pd.DataFrame)->list[str]:
     text = []
     for (task, protocol), part in rows.groupby(['task', 'protocol'], sort=False):
         table = comparison_table(part.assign(arm=part.group))
-        metric = task_metrics(task)[0]
+        metric = part.metric.iloc[0]
         seeds = ', '.join(f'{g} {n}' for g, n in part.groupby('group', sort=False).run_id.nunique().items())
         images = ', '.join(f'{SPLITS.get(s, s)} {n:,.0f}' for s, n in part.groupby('split', sort=False).n_test.median().items()) if 'n_test' in part else 'not kept'
         text += [f'### {TASK_NAMES.get(task, task)}, {PROTOCOL_NAMES.get(protocol, protocol)}, {METRICS.get(metric, metric)}', '', f'Runs: {seeds}. Test images: {images}.', '']
@@ -176,7 +178,7 @@ def conclusions(rows:pd.DataFrame, # of `described`
                 work:pd.DataFrame, # of `other_work`
                )->str: # Markdown
     "The page: claims, intervals, pairs, and what cannot be known from them."
-    rows = rows[(rows.split != 'val') & (rows.metric == rows.task.map(lambda t: task_metrics(t)[0]))]
+    rows = main_rows(rows)
     every = comparisons(rows)
     parted, sure = (every.part != 'overlap').sum(), ((every.low > 0) | (every.high < 0)).sum()
     groups = rows.drop_duplicates('group')
