@@ -151,7 +151,7 @@ def claims_text(rows:pd.DataFrame, # of `described`
         text += [f'### {claim}. {what}', '', f'{VERDICTS[said][0].upper()}{VERDICTS[said][1:]}.', '']
         if said == 'untested': continue
         tasks = [f'{TASK_NAMES.get(t, t)} {int((c.low > 0).sum())} for, {int((c.high < 0).sum())} against, {int((c.counts > 0).sum())} and {int((c.counts < 0).sum())} that count' for t, c in cells.groupby('task', sort=False)]
-        text += [f'{len(cells)} cells, at most {cells.pairs.max()} pairs a cell. By their own interval, then those that count after correction and beyond the luck of the images: {"; ".join(tasks)}.', '', _paired_table(cells)]
+        text += [f'{len(cells)} cells, at most {cells.pairs.max()} pairs a cell; the difference is above zero in {int((cells.difference > 0).sum())} of them and below in {int((cells.difference < 0).sum())}. By their own interval, then those that count after correction and beyond the luck of the images: {"; ".join(tasks)}.', '', _paired_table(cells)]
     places = ranks(work)
     text += ['### 4. The method compares well with earlier work', '', 'Larger and later models are among the others.', '']
     if not (places.whose == 'measured here').any(): text += ['Cannot be told from our runs: none of them has a score under a protocol that others report. What others report of the published checkpoint:', '']
