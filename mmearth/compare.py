@@ -42,9 +42,10 @@ def comparison_table(rows:pd.DataFrame, # result rows of probes, with an `arm` c
 
 # %% ../nbs/34_compare.ipynb #readable
 SPLITS = dict(val='validation', test='test images', test_image='held-out images', test_region='held-out regions', images='held-out images', regions='held-out regions')
-METRICS = dict(accuracy='accuracy', macro_f1='macro-F1', micro_f1='micro-F1', micro_f1_before_fix='micro-F1 averaged over batches', micro_map='micro-mAP', macro_map='macro-mAP', macro_iou='mean IoU')
-PROTOCOL_NAMES = {'linear': 'linear probe', 'knn': 'nearest neighbours', 'finetune': 'fine-tuning', 'segmentation': 'linear segmentation probe',
-    'linear-paper': "linear probe, paper's recipe", 'finetune-paper': "fine-tuning, paper's recipe", 'unet-paper': "UNet, paper's recipe",
+METRICS = dict(accuracy='accuracy', macro_f1='macro-F1', micro_f1='micro-F1', micro_f1_before_fix='micro-F1 averaged over batches', micro_f1_tuned='micro-F1, chosen threshold',
+    map_micro='micro-mAP', map_macro='macro-mAP', macro_iou='mean IoU', macro_iou_all='mean IoU, absent classes as 0')
+PROTOCOL_NAMES = {'linear': 'linear probe', 'knn': 'nearest neighbours', 'finetune': 'fine-tuning', 'pixels': 'linear probe of single pixels', 'segmentation': 'linear segmentation probe', 'unet': 'UNet',
+    'linear-paper': "linear probe, paper's recipe", 'linear-paper-few': "linear probe, paper's recipe for few labels", 'finetune-paper': "fine-tuning, paper's recipe", 'unet-paper': "UNet, paper's recipe",
     'knn-galileo': "nearest neighbours, Galileo's protocol", 'finetune-galileo': "fine-tuning, Galileo's protocol", 'segmentation-galileo': "linear segmentation probe, Galileo's protocol",
     'linear-torchgeo-bench': 'linear probe, torchgeo-bench', 'knn5-torchgeo-bench': 'five neighbours, torchgeo-bench', 'linear-dinov3': 'linear probe, DINOv3 card', 'decoder-dinov3': 'frozen with a decoder, DINOv3 card'}
 
@@ -77,6 +78,7 @@ def headline(table:pd.DataFrame, # of `comparison_table`
              baseline:str|None=None, # the one before `arm` by default
              protocol:str='linear', # reader
              metric:str='accuracy', # score
+             lead:bool=True, # begin with the reader, the score and the kind of interval
             )->str:
     "Where the intervals of two arms part, and where they do not, as a sentence for each split."
     t = table[(table.protocol == protocol) & (table.metric == metric)]
@@ -96,5 +98,7 @@ def headline(table:pd.DataFrame, # of `comparison_table`
             told = f'{percent(first)}{"" if parts else " of the labels"} ({100 * a["mean"][first]:.1f} against {100 * b["mean"][first]:.1f})'
             parts.append(f'{word} {"it" if parts else f"`{baseline}`"} with {_listed([told, *map(percent, more)])}')
         sentences.append(f'on {SPLITS.get(split, split)} `{arm}` is {", and ".join(parts)}')
+    if not sentences: return f'`{arm}` and `{baseline}` have no share of the labels in common.'
+    if not lead: return f'{"; ".join(sentences)}.'.replace('on ', 'On ', 1)
     name = PROTOCOL_NAMES.get(protocol, protocol)
     return f'{name[0].upper()}{name[1:]}, {METRICS.get(metric, metric)} in %, 95 % intervals: {"; ".join(sentences)}.'

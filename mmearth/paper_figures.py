@@ -54,7 +54,7 @@ def _efficiency_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
     cells, quoted, ours = GRIDS['efficiency'][2], paper_cells(numbers), our_cells(rows)
     found = []
     for arm, s in _ARMS.items():
-        mine = lambda t: t[(t[SETTING] == pd.Series(s)).all(axis=1) & (t.protocol == 'linear-paper') & t.task.isin({c[0] for c in cells})]
+        mine = lambda t: t[(t[SETTING] == pd.Series(s)).all(axis=1) & pd.Series([c in cells for c in zip(t.task, t.protocol, t.fraction)], t.index, dtype=bool)]
         found += [dict(arm=arm, whose='paper', task=r.task, fraction=r.fraction, value=r.paper, known_from=f'{r.source} [{r.tag}]') for r in mine(quoted).itertuples()]
         found += [dict(arm=arm, whose=r.group, task=r.task, fraction=r.fraction, value=r.mean, low=r.low, high=r.high, known_from=r.run_ids) for r in mine(ours).rename(columns=dict(mean='mean_')).assign(mean=lambda t: t['mean_']).itertuples()]
     return pd.DataFrame(found, columns=['arm', 'whose', 'task', 'fraction', 'value', 'low', 'high', 'known_from']).sort_values(['task', 'arm', 'whose', 'fraction'], kind='stable', ignore_index=True)
@@ -62,7 +62,7 @@ def _efficiency_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
 def efficiency_figure(rows:pd.DataFrame, # of `mmearth.tables.described`
                       numbers:pd.DataFrame, # of `mmearth.tables.paper_numbers`
                      )->Drawn:
-    "Linear probing with the paper's recipe against the share of labels, a panel for each data set."
+    "Linear probing with the paper's recipes, for few labels and for all, against the share of labels, a panel for each data set."
     table, fractions = _efficiency_numbers(rows, numbers), [0.01, 0.05, 0.5, 1.0]
     tasks = list(dict.fromkeys(c[0] for c in GRIDS['efficiency'][2]))
     fig, axes = plt.subplots(1, 3, figsize=(8.6, 3.25), layout='constrained')

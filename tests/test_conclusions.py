@@ -88,6 +88,7 @@ GOOD, BAD = [[0.70], [0.71], [0.72], [0.73]], [[0.5], [0.51], [0.52], [0.5302]]
     ([rows('all', GOOD), rows('S2', BAD, targets='S2', epochs=5.)], 'untested'),
     ([rows('all', GOOD), rows('random', BAD, targets='', pretrain='none, random weights', epochs=0.)], 'untested'),
     ([rows('all', GOOD, split='val'), rows('S2', BAD, targets='S2', split='val')], 'untested'),
+    ([rows('all', GOOD, pretrain='synthetic-9'), rows('S2', BAD, targets='S2', pretrain='synthetic-9')], 'untested'),
     ([rows('all', GOOD)], 'untested')])
 def test_a_verdict_for_each_case(frames, want, work):
     data = pd.concat(frames, ignore_index=True)

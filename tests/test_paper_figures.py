@@ -26,7 +26,7 @@ def numbers(): return paper_numbers()
 
 
 def rows(task='m-eurosat', protocol='linear-paper', fractions=(0.01, 1.0), which=2, value=0.7, metric='accuracy'):
-    return pd.DataFrame([GRIDS['efficiency'][1][which] | dict(epochs=200., group='mine', task=task, protocol=protocol, fraction=x, seed=0, split='test', metric=metric, value=value + 0.01 * s, low=value - 0.02, high=value + 0.03, run_id=f'mine-s{s}', pretrain_seed=s, n_test=1000)
+    return pd.DataFrame([GRIDS['efficiency'][1][which] | dict(epochs=200., group='mine', task=task, protocol=protocol + '-few' * (x < 1 and protocol == 'linear-paper'), fraction=x, seed=0, split='test', metric=metric, value=value + 0.01 * s, low=value - 0.02, high=value + 0.03, run_id=f'mine-s{s}', pretrain_seed=s, n_test=1000)
                          for x in fractions for s in range(3)])
 
 
@@ -50,6 +50,7 @@ def test_label_efficiency_draws_the_paper_hollow_and_ours_solid(numbers):
 
 def test_another_protocol_never_enters_label_efficiency(numbers):
     assert set(f.efficiency_figure(rows(protocol='linear'), numbers).numbers.whose) == {'paper'}
+    assert f.efficiency_figure(rows().assign(protocol='linear-paper'), numbers).numbers.query("whose == 'mine'").fraction.tolist() == [1.0]  # the paper had another recipe for few labels
     assert set(f.efficiency_figure(rows(metric='macro_f1'), numbers).numbers.whose) == {'paper'}
 
 
