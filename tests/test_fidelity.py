@@ -44,7 +44,7 @@ def test_sound_is_the_default_and_paper_is_all():
     assert Recipe(fidelity='paper').fidelity == tuple(SWITCHES)
     for bad in ('papers', ['wide_init', 'x'], 3, [3]):
         with pytest.raises(RecipeError, match='^fidelity: .* known are sound, paper'): Recipe(fidelity=bad)
-    for recipe in Path('nbs/runs/recipes').glob('*.yaml'): assert load_recipe(recipe).fidelity == (), recipe
+    for recipe in Path('nbs/runs/recipes').glob('pt-*.yaml'): assert load_recipe(recipe).fidelity == (), recipe
 
 
 def test_sound_changes_nothing(tiles):
