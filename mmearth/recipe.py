@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import yaml
 from .convnext import SIZES
+from .fidelity import switches
 from .masking import visible_patches
 from .modalities import TASKS, modality
 
@@ -37,13 +38,13 @@ class Recipe:
     patch:int = 8  # side of a patch in pixels
     crop:int = 56  # side of the random crop in pixels
     stem:str = 'mmearth'  # or 'original'
-    grn_scope:str = 'image'  # or 'batch', as published
     bands:tuple = modality('sentinel2').train_bands  # input bands
     tasks:tuple = TASKS  # pretext tasks
     decoder_width:int = 512  # channels of the decoder
     decoder_depth:int = 1  # its blocks
     balance:str = 'uncertainty'  # or 'sum'
     norm_pix:bool = True  # standardise Sentinel-2 target patches
+    fidelity:tuple = ()  # published behaviour to repeat: 'sound' none, 'paper' all, or names of `17_fidelity`
     mask_ratio:float = 0.6  # hidden share of patches
     epochs:float = 1.0  # passes over the data; 0 keeps the random initialisation
     warmup_epochs:float = 0.2  # linear warm-up
@@ -54,6 +55,8 @@ class Recipe:
     weight_decay:float = 0.05  # of matrices; never of biases, norms and log-variances
     beta1:float = 0.9  # of AdamW
     beta2:float = 0.95  # of AdamW
+    clip:float = 0.0  # largest norm of the gradient; 0 for none
+    ema:float = 0.0  # decay of a running mean of the weights, which is then what is kept; 0 for none
     seed:int = 0  # of weights, order, crops and masks
     precision:str = 'auto'  # 'fp32', 'bf16', or 'auto': bf16 on a GPU
     device:str = 'auto'  # 'cpu', 'cuda', 'mps'
@@ -65,13 +68,16 @@ class Recipe:
         for name, value in check(dataclasses.asdict(self)).items(): object.__setattr__(self, name, value)
 
 # %% ../nbs/20_recipe.ipynb #choices
-CHOICES = dict(size=tuple(SIZES), patch=(8, 16, 32), stem=('mmearth', 'original'), grn_scope=('image', 'batch'), balance=('uncertainty', 'sum'),
+CHOICES = dict(size=tuple(SIZES), patch=(8, 16, 32), stem=('mmearth', 'original'), balance=('uncertainty', 'sum'),
     precision=('auto', 'fp32', 'bf16'), split=('train', 'val', 'test'))
 POSITIVE = ('patch', 'crop', 'decoder_width', 'decoder_depth', 'batch', 'accumulate', 'log_every', 'save_every', 'keep')
 
 # %% ../nbs/20_recipe.ipynb #coerce
 def coerce(name:str, value, default):
     "Gives a value the type of the field's default, or says why it cannot."
+    if name == 'fidelity':
+        try: return switches(value)
+        except ValueError as e: raise RecipeError(f'fidelity: {e}') from e
     if isinstance(default, tuple):
         if name == 'tasks' and isinstance(value, str): value = TASK_SETS.get(value, (value,))
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value): raise RecipeError(f'{name}: a list of names is needed, not {value!r}')
@@ -92,9 +98,9 @@ def check(values:dict)->dict: # the same, coerced
         if key in values and values[key] not in allowed: raise RecipeError(f'{key}: {values[key]!r} is not one of {", ".join(map(str, allowed))}')
     for key in POSITIVE:
         if key in values and values[key] < 1: raise RecipeError(f'{key}: must be at least 1, not {values[key]}')
-    for key in ('epochs', 'warmup_epochs', 'blr', 'min_lr', 'weight_decay'):
+    for key in ('epochs', 'warmup_epochs', 'blr', 'min_lr', 'weight_decay', 'clip'):
         if key in values and not 0 <= values[key] < math.inf: raise RecipeError(f'{key}: must be a number that is not negative, is {values[key]}')
-    for key in ('beta1', 'beta2'):
+    for key in ('beta1', 'beta2', 'ema'):
         if key in values and not 0 <= values[key] < 1: raise RecipeError(f'{key}: must lie in [0, 1), not {values[key]}')
     check_names(values)
     return values

@@ -231,7 +231,7 @@ def run_notebook(name:str, # nbs/runs/<name>.ipynb
     allowed = declared(source)
     values, recipe = _recipe_values(recipe, allowed)
     given = check({**values, **params, **({'out': folder} if 'out' in allowed else {})}, allowed, source.name)
-    whole, kept = plain({**allowed, **given}), _json(folder / 'params.json')
+    whole, kept = plain({**allowed, **given}), plain({**allowed, **_json(folder / 'params.json')})
     if (folder / 'metrics.json').is_file() and kept != whole:
         raise ValueError(f'{run_id} is kept with other parameters ({"; ".join(differences(kept, whole))}); choose another run_id or remove its folder')
     keep = Keep(folder)

@@ -66,6 +66,13 @@ def file_hash(path:str|Path, # any file
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/16_weights.ipynb #save-weights
+def _to_disk(path:Path):
+    "Waits until a file, or the names in a folder, are on the disk, where the system can say so."
+    if path.is_dir() and os.name == 'nt': return
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
 def save_weights(folder:Path, # final place; must not exist yet
                  model:nn.Module, # an `MPMAE` or an encoder
                  contract:Contract, # what the weights promise
@@ -77,15 +84,19 @@ def save_weights(folder:Path, # final place; must not exist yet
     if folder.exists(): raise WeightsError(f'{folder} exists already; remove it or choose another folder')
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     tensors = {'model': model.state_dict(), **(extra or {})}
-    for name, values in tensors.items(): save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, part / f'{name}.safetensors')
-    full = asdict(contract) | dict(sha256=file_hash(part / 'model.safetensors'))
-    (part / 'contract.json').write_text(json.dumps(plain(full), indent=1))
-    if state is not None: (part / 'state.json').write_text(json.dumps(plain(state), indent=1))
-    for f in part.iterdir():
-        with open(f, 'rb') as handle: os.fsync(handle.fileno())
-    part.rename(folder)
+    try:
+        part.mkdir(parents=True)
+        for name, values in tensors.items(): save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, part / f'{name}.safetensors')
+        full = asdict(contract) | dict(sha256=file_hash(part / 'model.safetensors'))
+        (part / 'contract.json').write_text(json.dumps(plain(full), indent=1))
+        if state is not None: (part / 'state.json').write_text(json.dumps(plain(state), indent=1))
+        for f in part.iterdir(): _to_disk(f)
+        part.rename(folder)
+        _to_disk(folder.parent)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise WeightsError(f'{folder} could not be written ({e}); make room on the disk, what was there before is untouched') from e
     return folder
 
 # %% ../nbs/16_weights.ipynb #read-contract
@@ -111,9 +122,10 @@ def read_contract(folder:Path)->Contract:
 def load_into(module:nn.Module, # fresh
               folder:Path, # checkpoint folder
               prefix:str='', # keep only the names that start so, without it
+              name:str='model', # of the file of tensors
              )->nn.Module:
     "Copies the tensors of a checkpoint into a module; names and shapes must fit exactly."
-    path = Path(folder) / 'model.safetensors'
+    path = Path(folder) / f'{name}.safetensors'
     try: tensors = load_file(path)
     except SafetensorError as e: raise WeightsError(f'{path} cannot be read ({e}); copy the checkpoint again') from e
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

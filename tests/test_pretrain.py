@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mmearth.modalities import TASKS, modality
 from mmearth.pack import Pack, pack
-from mmearth.pretrain import Diverged, Feed, Trainer, checkpoints, latest, pretrain
+from mmearth.pretrain import CLOCK, Diverged, Feed, Trainer, checkpoints, latest, pretrain
 from mmearth.recipe import Recipe, RecipeError, save_recipe
 from mmearth.store import Store
 from mmearth.synthetic import write_store
@@ -66,8 +66,48 @@ def test_stopping_anywhere_changes_nothing(save_every, log_every, keep, accumula
     whole = pretrain(recipe, Store(tiny_store), tmp_path / 'whole', progress=False)
     for until in (1, 3, 4, None): parts = pretrain(recipe, Store(tiny_store), tmp_path / 'parts', until=until, progress=False)
     assert same(weights(parts.checkpoint), weights(whole.checkpoint)) and len(checkpoints(tmp_path / 'parts')) <= keep
-    clock = ['seconds', 'samples_per_second']
-    assert parts.log.drop(columns=clock).equals(whole.log.drop(columns=clock))
+    assert parts.log.drop(columns=[*CLOCK]).equals(whole.log.drop(columns=[*CLOCK]))
+
+
+def test_the_running_mean_of_the_weights_is_kept_and_gone_on_from(tiny_store, tmp_path):
+    recipe = dataclasses.replace(SMALL, epochs=1.5, ema=0.7, clip=0.5, tasks=('sentinel2', 'biome'), save_every=2)
+    whole = pretrain(recipe, Store(tiny_store), tmp_path / 'whole', progress=False)
+    for until in (1, 3, 4, None): parts = pretrain(recipe, Store(tiny_store), tmp_path / 'parts', until=until, progress=False)
+    assert same(weights(parts.checkpoint), weights(whole.checkpoint)) and same(load_file(parts.checkpoint / 'trained.safetensors'), load_file(whole.checkpoint / 'trained.safetensors'))
+    trainer, mean = Trainer(recipe, Store(tiny_store), tmp_path / 'loop'), None
+    for step in range(whole.updates):
+        trainer.update(step)
+        now = {k: v.detach().double().clone() for k, v in trainer.model.state_dict().items()}
+        mean = now if mean is None else {k: 0.7 * mean[k] + 0.3 * v for k, v in now.items()}
+    for k, v in weights(whole.checkpoint).items(): torch.testing.assert_close(v.double(), mean[k], rtol=1e-5, atol=1e-6)
+    assert not same(weights(whole.checkpoint), load_file(whole.checkpoint / 'trained.safetensors'))
+
+
+def test_the_gradient_is_clipped_by_its_norm(tiny_store, tmp_path):
+    seen = {}
+    for clip in (0., 1e-2, 1e6):
+        trainer = Trainer(dataclasses.replace(SMALL, clip=clip), Store(tiny_store), tmp_path / str(clip))
+        stepped, step = [], trainer.optimiser.step
+        trainer.optimiser.step = lambda: (stepped.extend(p.grad.clone() for p in trainer.model.parameters()), step())
+        trainer.update(0)
+        seen[clip] = stepped, trainer.count[2].item()
+    norm = lambda gradients: sum(g.double().square().sum() for g in gradients).sqrt().item()
+    assert norm(seen[0.][0]) == pytest.approx(seen[0.][1], rel=1e-5) and seen[0.][1] > 1e-2
+    assert norm(seen[1e-2][0]) == pytest.approx(1e-2, rel=1e-3) and seen[1e-2][1] == seen[0.][1]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0.][0], seen[1e6][0]))
+
+
+def test_a_full_disk_loses_nothing(tiny_store, tmp_path):
+    "Files may not grow beyond 100 kB: the checkpoint fails, says so, leaves no half folder; with room again the run goes on."
+    recipe = dataclasses.replace(SMALL, epochs=1, save_every=2)
+    whole = pretrain(recipe, Store(tiny_store), tmp_path / 'whole', progress=False)
+    out, path = tmp_path / 'full', save_recipe(recipe, tmp_path / 'r.yaml')
+    pretrain(recipe, Store(tiny_store), out, until=3, progress=False)
+    code = KILLED.replace('import sys\n', 'import sys, resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n', 1).replace('pretrain(load', 'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\npretrain(load')
+    p = subprocess.run([sys.executable, '-c', code, path, tiny_store, out], env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}, capture_output=True, text=True)
+    assert p.returncode and 'step-00000004 could not be written' in p.stderr and 'make room on the disk' in p.stderr, p.stderr[-800:]
+    assert [c.name for c in (out / 'checkpoints').iterdir()] == ['step-00000002']
+    assert same(weights(pretrain(recipe, Store(tiny_store), out, progress=False).checkpoint), weights(whole.checkpoint))
 
 
 def test_a_kill_before_the_first_row_or_while_pruning(tiny_store, tmp_path):
@@ -198,7 +238,7 @@ def test_two_processes_learn_what_one_learns(tiny_store, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', tmp_path / 'train.py', save_recipe(recipe, tmp_path / 'r.yaml'), tiny_store, tmp_path / 'two']
     done = subprocess.run(launch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    two, columns = pd.read_csv(tmp_path / 'two' / 'log.csv'), [c for c in one.log if c not in ('seconds', 'samples_per_second')]
+    two, columns = pd.read_csv(tmp_path / 'two' / 'log.csv'), [c for c in one.log if c not in CLOCK]
     assert len(two) == one.updates == 9
     np.testing.assert_allclose(two[columns], one.log[columns], rtol=2e-3, atol=1e-5)
     for k, v in weights(one.checkpoint).items(): assert torch.allclose(v, weights(latest(tmp_path / 'two'))[k], atol=2e-3), k
@@ -233,8 +273,7 @@ def test_a_scheduler_may_end_a_run_and_start_it_again(tiny_store, tmp_path):
     assert p.returncode == 75 and 'the same command goes on from there' in said and len(checkpoints(tmp_path / 'ended')) == 1
     assert subprocess.run(command('ended'), capture_output=True).returncode == 0
     assert same(weights(latest(tmp_path / 'ended')), weights(latest(tmp_path / 'whole')))
-    clock = ['seconds', 'samples_per_second']
-    assert pd.read_csv(log).drop(columns=clock).equals(pd.read_csv(tmp_path / 'whole' / 'log.csv').drop(columns=clock))
+    assert pd.read_csv(log).drop(columns=[*CLOCK]).equals(pd.read_csv(tmp_path / 'whole' / 'log.csv').drop(columns=[*CLOCK]))
 
 
 def test_a_run_goes_on_with_the_kernels_it_was_begun_with(tiny_store, tmp_path, monkeypatch):

@@ -84,21 +84,11 @@ def test_constant_and_unseen_things_do_no_harm():
     assert rows.value.max() <= 0.9 and len(rows) == 4
 
 
-def test_intervals():
-    assert p.bootstrap(np.ones(50)) == (1, 1) and p.bootstrap(np.zeros(50)) == (0, 0)
-    low, high = p.bootstrap(np.arange(400) < 300)
-    spread = 1.96 * np.sqrt(0.75 * 0.25 / 400)
-    assert abs(low - (0.75 - spread)) < 0.01 and abs(high - (0.75 + spread)) < 0.01
-    table = np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
-    assert p.macro_f1(table) == pytest.approx((6 / 7 + 4 / 5) / 2)
-    assert np.array_equal(p.confusion(list('aaaabb'), list('aaabbb'), 'abc'), table)
-
-
 def test_validation_labels_are_rationed():
     (x, y), (v, w), test = blobs(400, 0), blobs(400, 1), blobs(300, 2)
     kw = dict(fractions=(0.02,), seeds=(0,), protocols=('linear',))
     used = []
-    original, p.linear_probe = p.linear_probe, lambda *a: used.append(len(a[3])) or original(*a)
+    original, p.linear_probe = p.linear_probe, lambda *a, **k: used.append(len(a[3])) or original(*a, **k)
     try:
         p.probe(x, y, v, w, {'images': test}, **kw)
         p.probe(x, y, v, w, {'images': test}, val_fraction=1.0, **kw)
@@ -113,3 +103,122 @@ def test_rows_are_complete_and_repeatable():
     assert rows[0].equals(rows[1]) and len(rows[0]) == 3 * 2 * 2 * 2
     assert rows[0].query('fraction == 1').seed.unique().tolist() == [3]
     assert rows[0].groupby(['protocol', 'fraction']).value.mean()['linear', 1.0] > 0.8
+
+
+def many(n, seed, classes=7):
+    x, _ = blobs(n, seed, width=16)
+    return x, x[:, :classes] > np.linspace(0.5, 2.2, classes)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_subsets_of_several_classes(seed):
+    y = np.random.default_rng(seed).random((3000, 12)) < np.geomspace(0.001, 0.6, 12)
+    y[:, 5] = y[:, 10] & (y[:, 2] | y[:, 3])  # comes only with rarer ones
+    parts = p.nested_subsets(y, (0.5, 0.01, 1, 0.05), seed)
+    assert list(parts) == [0.01, 0.05, 0.5, 1]
+    for small, large in zip(list(parts), list(parts)[1:]): assert set(parts[small]) <= set(parts[large])
+    for f, i in parts.items():
+        assert (y[i].any(0) == y.any(0)).all() and abs(len(i) - 3000 * f) < 20 + 60 * f
+        wanted = np.maximum(1, f * y.sum(0))
+        assert (np.abs(y[i].sum(0) - wanted) <= 3 + 0.15 * wanted).all(), f
+    assert np.array_equal(parts[1], np.arange(3000))
+    again = p.nested_subsets(y, (0.5, 0.01, 1, 0.05), seed)
+    assert all(np.array_equal(parts[f], again[f]) for f in parts)
+    assert not np.array_equal(parts[0.05], p.nested_subsets(y, (0.05,), seed + 9)[0.05])
+
+
+def test_several_classes_against_scikit_learn():
+    from sklearn.metrics import average_precision_score
+    from sklearn.multiclass import OneVsRestClassifier
+    (x, y), (v, w), (t, _) = many(300, 0), many(200, 1), many(60, 2)
+    model = p.linear_probe(x, y, v, w)
+    mean, std = x.astype(float).mean(0), x.astype(float).std(0)
+    alone = {C: OneVsRestClassifier(LogisticRegression(C=C, tol=1e-7, max_iter=5000)).fit((x - mean) / std, y) for C in p.C_GRID}
+    found = {C: average_precision_score(w, m.predict_proba((v - mean) / std), average='micro') for C, m in alone.items()}
+    C = model.named_steps.logistic.C
+    assert found[C] >= max(found.values()) - 1e-3
+    assert np.abs(model.predict_proba(t) - alone[C].predict_proba((t - mean) / std)).max() < 5e-3
+    votes = p.knn_probe(x, y, t, k=5)
+    near = KNeighborsClassifier(5, metric='cosine').fit(x, y).kneighbors(t, return_distance=False)
+    assert np.abs(votes - y[near].mean(1)).max() < 1e-6
+    both = p.linear_probe(x, y, v, w, grid=(0.1,), refit=True)
+    whole = OneVsRestClassifier(LogisticRegression(C=0.1, tol=1e-7, max_iter=5000)).fit((np.concatenate([x, v]) - mean) / std, np.concatenate([y, w]))
+    assert np.abs(both.predict_proba(t) - whole.predict_proba((t - mean) / std)).max() < 5e-3
+
+
+def test_rows_of_several_classes():
+    (x, y), (v, w), test = many(400, 0), many(200, 1), many(150, 2)
+    rows = p.probe(x, y, v, w, dict(images=test, regions=(*test, np.arange(150) // 5)), fractions=(0.05, 1.0), seeds=(0, 1), task='t')
+    assert set(rows.metric) == {'micro_f1', 'micro_f1_tuned', 'macro_f1', 'map_micro', 'map_macro'} and len(rows) == 3 * 2 * 2 * 5
+    wide = (rows.high - rows.low).groupby(rows.split).mean()
+    assert rows.value.between(0, 1).all() and (rows.low <= rows.value + 0.02).all() and wide['images'] > 0
+    x[3] = np.nan
+    with pytest.raises(ValueError, match='1 training images'): p.probe(x, y, v, w, {})
+    with pytest.raises(ValueError, match='no class tells'): p.linear_probe(v, w & False, v, w)
+
+
+def test_two_classes_are_one_logit():
+    (x, y), (v, w) = blobs(200, 0, classes=2), blobs(100, 1, classes=2)
+    model = p.linear_probe(x, y, v, w)
+    assert model.named_steps.logistic.coef_.shape == (1, 16) and set(model.predict(v)) == {'c0', 'c1'}
+    mean, std = x.astype(float).mean(0), x.astype(float).std(0)
+    alone = LogisticRegression(C=model.named_steps.logistic.C, tol=1e-8, max_iter=5000).fit((x - mean) / std, y)
+    assert np.abs(alone.predict_proba((v - mean) / std) - model.predict_proba(v)).max() < 2e-3
+
+
+class Counting(torch.nn.Module):
+    "Counts the images it sees."
+    def __init__(self):
+        super().__init__()
+        stats = dict(sentinel2_l2a=dict(mean=[0., 0.], std=[1., 1.]))
+        self.contract, self.seen = SimpleNamespace(bands=('B2', 'B4'), patch=1, stem='none', grn_scope='image', stats=stats), 0
+        self.weight = torch.nn.Parameter(torch.ones(1))
+    def forward(self, x):
+        self.seen += len(x)
+        return x * self.weight
+
+
+def test_the_cache_knows_what_features_depend_on(tmp_path):
+    x = np.random.default_rng(0).integers(1, 3000, (6, 2, 8, 8)).astype('uint16')
+    encoder, data = Counting(), p.Planes(x, ('B2', 'B4'))
+    def read(**kw): return p.features(encoder, kw.pop('data', data), kw.pop('rows', None), progress=False, cache=tmp_path, **kw)
+    first = read()
+    assert encoder.seen == 6 and np.array_equal(read(), first) and encoder.seen == 6
+    read(rows=[1, 2]); assert encoder.seen == 8
+    read(size=4); assert encoder.seen == 14
+    changed = x.copy(); changed[0, 0, 0, 0] += 1
+    read(data=p.Planes(changed, ('B2', 'B4'))); assert encoder.seen == 20
+    turned = read(data=p.Planes(x, ('B4', 'B2'))); assert encoder.seen == 26 and np.allclose(turned, first[:, ::-1])
+    encoder.weight.data += 1
+    assert np.allclose(read(), 2 * first, rtol=1e-5) and encoder.seen == 32
+    encoder.contract.stats['sentinel2_l2a']['mean'] = [1., 1.]
+    read(); assert encoder.seen == 38
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'empty', 'other', 'nan', 'no key'])
+def test_a_broken_cache_is_built_again(tmp_path, damage):
+    encoder, data = Counting(), p.Planes(np.ones((6, 2, 8, 8), 'uint16'), ('B2', 'B4'))
+    first = p.features(encoder, data, progress=False, cache=tmp_path)
+    file, = tmp_path.iterdir()
+    if damage == 'truncated': file.write_bytes(file.read_bytes()[:-30])
+    elif damage == 'empty': file.write_bytes(b'')
+    elif damage == 'other': np.savez(open(file, 'wb'), x=first + 1, key='another')
+    elif damage == 'nan':
+        key = str(np.load(file)['key'])
+        np.savez(open(file, 'wb'), x=first * np.nan, key=key)
+    else: np.savez(open(file, 'wb'), x=first)
+    with pytest.warns(UserWarning, match='comput'): again = p.features(encoder, data, progress=False, cache=tmp_path)
+    assert np.array_equal(again, first) and encoder.seen == 12
+    p.features(encoder, data, progress=False, cache=tmp_path)
+    assert encoder.seen == 12 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_planes():
+    x = np.random.default_rng(0).random((4, 3, 8, 8)).astype('float32')
+    data = p.Planes(x, ('B2', 'B4', 'B8A'), level=['l2a', 'l1c', 'l2a', 'l2a'], unit='reflectance')
+    assert np.allclose(data.read([2])['sentinel2'], 10_000 * x[[2]]) and data.levels.tolist()[1] == 'l1c' and len(data) == 4
+    wide = data.arrange(('B9', 'B4', 'B2'), p.STAND_INS)
+    assert np.allclose(wide.read([0])['sentinel2'], 10_000 * x[[0]][:, [2, 1, 0]]) and wide.bands() == ('B9', 'B4', 'B2')
+    assert np.allclose(wide.arrange(('B2', 'B9')).read([0])['sentinel2'], 10_000 * x[[0]][:, [0, 2]])
+    with pytest.raises(KeyError, match='B9'): data.arrange(('B9',))
+    with pytest.raises(ValueError, match='unit must be'): p.Planes(x, ('B2', 'B4', 'B8A'), unit='percent')
