@@ -11,10 +11,12 @@ from sklearn.metrics import jaccard_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mmearth import segment as m
+from mmearth import segment, unet
 from mmearth.convnext import SIZES, ConvNeXtV2
 from mmearth.pretrain import Diverged
 from mmearth.weights import Contract, WeightsError
+
+m = SimpleNamespace(**{**vars(unet), **vars(segment)})
 
 BANDS = ('B2', 'B3', 'B4', 'B8', 'B8A')  # as the images have them
 OWN = ('B2', 'B3', 'B4', 'B8A', 'B8')  # as the encoder wants them
