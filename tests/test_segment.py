@@ -289,6 +289,14 @@ def test_last_epoch_or_the_best():
     with pytest.raises(ValueError, match='validation images are needed'): trained(last_epoch=False)
 
 
+def test_the_best_epoch_is_put_back(monkeypatch):
+    seen, said = [], iter([0.1, 0.9, 0.2, 0.9])
+    monkeypatch.setattr(unet, 'tables_of', lambda model, *_, **__: seen.append(state(model)) or np.zeros((1, 3, 3)))
+    monkeypatch.setattr(unet, 'macro_iou', lambda table: next(said))
+    best, log = trained(epochs=4, last_epoch=False, val=fields(8))
+    assert same(state(best), seen[1]) and not same(seen[1], seen[3]) and log.macro_iou.tolist() == [0.1, 0.9, 0.2, 0.9]
+
+
 def test_drop_last():
     rng, s = np.random.default_rng(0), replace(m.PAPER, batch=4, accumulate=3)
     for n, updates in ((12, 1), (23, 1), (27, 2)):
