@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 from .convnext import ConvNeXtV2
-from .probe import redrawn
+from .metrics import redrawn
 from .unet import PAPER, SOUND, Inputs, Scenes, UNetSettings, image_tables, macro_iou, padded, scenes, tables_of, train_unet
 
 # %% ../nbs/33_segment.ipynb #scores
