@@ -41,8 +41,8 @@ def comparison_table(rows:pd.DataFrame, # result rows of probes, with an `arm` c
 
 # %% ../nbs/34_compare.ipynb #readable
 SPLITS = dict(val='validation', test_image='held-out images', test_region='held-out regions', images='held-out images', regions='held-out regions')
-METRICS = dict(accuracy='accuracy', macro_f1='macro-F1')
-PROTOCOL_NAMES = dict(linear='linear probe', knn='nearest neighbours', finetune='fine-tuning')
+METRICS = dict(accuracy='accuracy', macro_f1='macro-F1', micro_f1='micro-F1 at 0.5', micro_f1_tuned='micro-F1, tuned', map_micro='micro-mAP', map_macro='macro-mAP')
+PROTOCOL_NAMES = dict(linear='linear probe', knn='nearest neighbours', finetune='fine-tuning', **{'linear-paper': 'linear probe, as published', 'linear-paper-few': 'linear probe for few labels, as published', 'finetune-paper': 'fine-tuning, as published'})
 
 def percent(fraction:float)->str:
     "A share of the labels as text."

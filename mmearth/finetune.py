@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'Protocol', 'drop_paths', 'Classifier', 'layer_id', 'layer_groups', 'Inputs', 'turned', 'smoothed_loss',
-           'updates_of', 'one_epoch', 'Trained', 'train_classifier', 'finetune']
+           'updates_of', 'Trained', 'train_classifier', 'finetune']
 
 # %% ../nbs/32_finetune.ipynb #imports
 import copy, math
@@ -199,7 +199,7 @@ def updates_of(order:np.ndarray, # images of an epoch, shuffled
     if not parts: raise ValueError(f'{len(order)} images are less than one update of {protocol.batch} x {protocol.accumulate}, and leftovers are dropped; lower batch or accumulate (the label-efficiency runs of the paper: linear-paper-few)')
     return [parts[at:at + protocol.accumulate] for at in range(0, len(parts), protocol.accumulate)]
 
-def one_epoch(model:Classifier, optimiser:torch.optim.Optimizer, epoch:int, # from 0
+def _one_epoch(model:Classifier, optimiser:torch.optim.Optimizer, epoch:int, # from 0
               see, # rows -> input of `read`
               read, # input -> logits
               y:Tensor, # int64 (n,) or float (n, K), on the device
@@ -266,7 +266,7 @@ def train_classifier(encoder:ConvNeXtV2, train, val, # (Planes, y)
         best, kept = (-math.inf, 0.), None
         for epoch in range(p.epochs):
             model.train()
-            loss = one_epoch(model, optimiser, epoch, (lambda rows: once[torch.from_numpy(rows).to(device)]) if fixed else see, model.head if fixed else model, target, generator, range(len(y)) if ids is None else ids, bar)
+            loss = _one_epoch(model, optimiser, epoch, (lambda rows: once[torch.from_numpy(rows).to(device)]) if fixed else see, model.head if fixed else model, target, generator, range(len(y)) if ids is None else ids, bar)
             model.eval()
             quality = (math.nan, math.nan)
             if not p.last_checkpoint:
@@ -276,7 +276,7 @@ def train_classifier(encoder:ConvNeXtV2, train, val, # (Planes, y)
         if kept is not None: model.load_state_dict(kept)
     return result
 
-# %% ../nbs/32_finetune.ipynb #finetune
+# %% ../nbs/32_finetune.ipynb #labelled
 def _labelled(name:str, part, kind:str, classes:int, bands, wrap:dict, wanted)->tuple: # (Planes, y, blocks or None)
     "Images and labels of one split, checked."
     x, y, *blocks = part
@@ -287,6 +287,7 @@ def _labelled(name:str, part, kind:str, classes:int, bands, wrap:dict, wanted)->
     if kind == 'single' and (y.ndim != 1 or y.min() < 0 or y.max() >= classes): raise ValueError(f'finetune: {name} labels must be numbers from 0 to {classes - 1}, one for each image')
     return images, y.astype(bool) if kind == 'multi' else y.astype(np.int64), blocks[0] if blocks else None
 
+# %% ../nbs/32_finetune.ipynb #finetune
 def finetune(encoder:ConvNeXtV2, # pretrained, with a contract
              train, val, # (x, y): `Planes` or an array (n, C, H, W); y int (n,) or bool (n, K)
              tests:dict, # split -> (x, y) or (x, y, blocks)

@@ -48,7 +48,7 @@ def run(encoder, protocol, n=30, epochs=1):
     model = f.Classifier(encoder, 3, protocol)
     model.train()
     recorder, inputs, generator = Recorder(f.layer_groups(model)), f.Inputs(encoder, protocol, images), torch.Generator().manual_seed(0)
-    for epoch in range(epochs): f.one_epoch(model, recorder, epoch, lambda rows: inputs.batch(images, rows), model, torch.tensor(y), generator, range(n), tqdm(disable=True))
+    for epoch in range(epochs): f._one_epoch(model, recorder, epoch, lambda rows: inputs.batch(images, rows), model, torch.tensor(y), generator, range(n), tqdm(disable=True))
     return recorder, model
 
 
