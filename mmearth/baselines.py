@@ -119,7 +119,7 @@ def _state_dict(path:Path)->dict[str, Tensor]:
     except Exception as e: raise WeightsError(f'{path} is not a plain state dict ({type(e).__name__}); save one with safetensors') from e
     found = found.get('model', found) if isinstance(found, dict) else {}
     found = {_timm_name(k): v for k, v in found.items() if isinstance(v, Tensor) and k.split('.')[0] not in ('head', 'norm')}
-    return {k: v.flatten() if '.mlp.grn.' in k else v for k, v in found.items()}
+    return {k: v.flatten() if '.mlp.grn.' in k else v.flatten(1) if '.mlp.fc' in k and v.ndim == 4 else v for k, v in found.items()}
 
 def imagenet_encoder(path:str|Path, # state dict of a ConvNeXt V2 that was trained on photographs
                      images:Store|Planes, # gives the statistics
