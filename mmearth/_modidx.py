@@ -101,6 +101,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mmearth.cli.pack': ('cli.html#pack', 'mmearth/cli.py'),
                              'mmearth.cli.pretrain': ('cli.html#pretrain', 'mmearth/cli.py'),
                              'mmearth.cli.query': ('cli.html#query', 'mmearth/cli.py'),
+                             'mmearth.cli.rehearse': ('cli.html#rehearse', 'mmearth/cli.py'),
+                             'mmearth.cli.replay': ('cli.html#replay', 'mmearth/cli.py'),
                              'mmearth.cli.run': ('cli.html#run', 'mmearth/cli.py'),
                              'mmearth.cli.serve': ('cli.html#serve', 'mmearth/cli.py'),
                              'mmearth.cli.share': ('cli.html#share', 'mmearth/cli.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download', 'fetch', 'verify', 'card', 'serve', 'synthetic',
            'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'run', 'pretrain',
-           'experiment']
+           'experiment', 'rehearse', 'replay']
 
 # %% ../nbs/59_cli.ipynb #imports
 import json
@@ -286,6 +286,25 @@ def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/ex
                jobs:Annotated[int, typer.Option(help='runs at a time; 0: one on a GPU, one per core up to four without')]=0):
     "Pretrain arms, probe them, report. What is already kept is not run again."
     import_module('mmearth.experiment').main([name, *(['--into', into] if into else []), '--jobs', str(jobs)])
+
+# %% ../nbs/59_cli.ipynb #again-commands
+@app.command()
+def rehearse(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(),
+             seconds:Annotated[float, typer.Option(help='time for the updates that are measured')]=10.):
+    "Rate, hours, waiting and overhead of a pretraining, from a few of its updates measured here."
+    parse = import_module('yaml').safe_load
+    chosen = import_module('mmearth.recipe').load_recipe(recipe, **{k: parse(v) for k, _, v in (p.partition('=') for p in params)})
+    found = import_module('mmearth.rehearsal').rehearse(chosen, import_module('mmearth.experiment').open_data(chosen.data), seconds)
+    for key, value in found.items(): typer.echo(f'{key}: {value:,.4g}' if isinstance(value, float) else f'{key}: {value:,}')
+
+@app.command()
+def replay(run_id:Annotated[str, typer.Argument(help='folder in reports/runs')], runs:Annotated[str, typer.Option(help='where runs are kept')]='reports/runs',
+           into:Annotated[str, typer.Option(help='folder to keep the second run in; thrown away by default', show_default=False)]='', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
+    "Run a kept run again from its folder and compare what comes out."
+    compared, other = import_module('mmearth.replay').replay(run_id, runs, into, quiet)
+    for r in compared.itertuples(): typer.echo(f'{r.file}: {r.values} values, ' + (f'{r.differ} differ, at most by {r.largest:.2g}; {r.first}' if r.differ else 'the same'))
+    for key, r in other.iterrows(): typer.echo(f'{key}: {r.kept} then, {r.now} now')
+    if compared.differ.any(): raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #command-line
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -361,7 +361,7 @@ class GeoBench(TaskFolder):
         known = self.specs.get('level') or (self.declared and self.declared.level)
         self.level = known if known in ('l1c', 'l2a') else 'l1c' if 'B10' in self.bands else None  # only L1C has the cirrus band
         self.levels = (self.level,) if self.level else ()
-        self.metric = self.declared.metric if self.declared else dict(single='accuracy', multi='micro_f1', segment='macro_jaccard')[self.kind]
+        self.metric = self.declared.metric if self.declared else dict(single='accuracy', multi='micro_f1', segment='macro_iou')[self.kind]
         self.notes = _notes(self)
 
     def __repr__(self)->str: return f'GeoBench {self.name}: {len(self.files)} samples, {self.kind}, {len(self.classes)} classes, bands {" ".join(self.bands)}'

@@ -20,10 +20,11 @@ from mmearth.cli import app, conditions, names, numbers
 from mmearth.dataset import MMEarth
 from mmearth.modalities import BIOMES
 from mmearth.pack import Pack
+from mmearth.report import run_notebook
 from mmearth.statistics import statistics
 from mmearth.store import Store, StoreError
 
-COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run pretrain experiment'.split()
+COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run rehearse replay pretrain experiment'.split()
 
 
 def call(*words, code=0):
@@ -253,3 +254,18 @@ def test_a_real_process_and_ctrl_c(tiny_store, tmp_path):
     said = child.communicate(timeout=60)
     assert child.returncode != 0 and 'Traceback' not in said[1] and not (tmp_path / 'x').exists()
     server.shutdown()
+
+
+def test_what_a_recipe_costs_and_whether_a_run_comes_out_again(tmp_path):
+    recipe, runs = tmp_path / 'r.yaml', os.path.relpath(tmp_path / 'runs')
+    recipe.write_text('data: synthetic-64\nepochs: 1\ndecoder_width: 32\n')
+    told = dict(line.split(': ') for line in call('rehearse', recipe, '-p', 'epochs=2', '--seconds', '0.2').splitlines())
+    assert told['updates'] == '8' and float(told['hours']) > 0 and float(told['samples_per_second'].replace(',', '')) > 1
+    kept = run_notebook('pretrain', 'r', recipe=recipe, runs=runs, quiet=True)
+    said = call('replay', 'r', '--runs', runs, '-q')
+    assert 'log.csv: ' in said and 'differ' not in said
+    log = pd.read_csv(kept / 'log.csv')
+    log.assign(lat=log.lat + 0.5).to_csv(kept / 'log.csv', index=False)
+    told = call('replay', 'r', '--runs', runs, '-q', code=1)
+    assert 'log.csv: ' in told and 'differ, at most by' in told and 'lat.0' in told
+    assert 'no finished run' in call('replay', 'nothing', code=1)
