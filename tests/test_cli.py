@@ -266,6 +266,7 @@ def test_what_a_recipe_costs_and_whether_a_run_comes_out_again(tmp_path):
     assert 'log.csv: ' in said and 'differ' not in said
     log = pd.read_csv(kept / 'log.csv')
     log.assign(lat=log.lat + 0.5).to_csv(kept / 'log.csv', index=False)
-    told = call('replay', 'r', '--runs', runs, '-q', code=1)
-    assert 'log.csv: ' in told and 'differ, at most by' in told and 'lat.0' in told
+    found = CliRunner().invoke(app, ['replay', 'r', '--runs', runs, '-q'])
+    told = found.stdout
+    assert found.exit_code == 1 and 'log.csv: ' in told and 'differ, at most by' in told and 'lat.0' in told
     assert 'no finished run' in call('replay', 'nothing', code=1)
