@@ -41,14 +41,15 @@ class Benched:
     def classes(self)->tuple: return self.parts['train'].classes
 
 def open_task(source, # a `GeoBench`, the folder of one, or a labelled EuroSAT store
-              most:int|None=None, # images of a split, at most; the first ones
+              most:int|None=None, # images of a split, at most, drawn at random
              )->Benched:
     "Reads a task once."
+    def few(part): return part if most is None or len(part) <= most else part.take(np.sort(np.random.default_rng(0).permutation(len(part))[:most]))
     if not isinstance(source, GeoBench) and list(Path(source).glob('*.h5')):
         parts = {s: eurosat_images(source, s) for s in ('train', 'val', 'test')}
-        return Benched('eurosat-rgb', {s: p.take(slice(most)) for s, p in parts.items()}, {})
+        return Benched('eurosat-rgb', {s: few(p) for s, p in parts.items()}, {})
     task = source if isinstance(source, GeoBench) else GeoBench(source)
-    parts, shares = {s: task.arrays(s, progress=False).take(slice(most)) for s in ('train', 'val', 'test')}, {}
+    parts, shares = {s: few(task.arrays(s, progress=False)) for s in ('train', 'val', 'test')}, {}
     for name in task.partitions if most is None else ():
         at = {s: {i: n for n, i in enumerate(parts[s].ids)} for s in ('train', 'val')}
         if name.endswith('x_train') and float(name[:-7]) < 1: shares[float(name[:-7])] = {s: np.array([at[s][i] for i in task.ids(s, name)]) for s in at}
