@@ -44,7 +44,7 @@ def questions(store:Store, # labelled
         if name not in store.modalities or band not in store.bands(name): continue
         x = store.read(rows, [name])[name][:, store.bands(name).index(band)].astype(float)
         x[np.isin(x, [c for c in modality(name).nodata_stored if np.isfinite(c)]) | ~np.isfinite(x)] = np.nan
-        with np.errstate(all='ignore'): mean = pd.Series(np.nanmean(x.reshape(len(rows), -1), axis=1))
+        mean = pd.DataFrame(x.reshape(len(rows), -1)).mean(axis=1)
         found[question] = pd.qcut(mean.rank(method='first'), 4, labels=False).fillna(-1).to_numpy(int)
     if 'dynamic_world' in store.modalities:
         cover = store.read(rows, ['dynamic_world'])['dynamic_world'].reshape(len(rows), -1)

@@ -1,0 +1,107 @@
+"""The benchmark against its parts called directly; killed tables, published shares, rows that fit torchgeo-bench."""
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from mmearth.baselines import untrained
+from mmearth.benchmark import COLUMNS, METHODS, TORCHGEO, append_rows, as_columns, as_rows, benchmark, cell_rows, open_encoder, open_task, planes, read_table
+from mmearth.experiment import open_labelled
+from mmearth.geobench import GeoBench
+from mmearth.probe import features, image_statistics, probe, weights_hash
+from mmearth.report import check, declared, repo_root
+from mmearth.standin import write_standin
+
+RUNS = repo_root() / 'nbs' / 'runs'
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('standin')
+    write_standin(root, 160, tasks=('standin-scene', 'standin-climate', 'standin-covers'))
+    return root
+
+
+@pytest.fixture(scope='module')
+def scene(root): return open_task(GeoBench(root, 'standin-scene'))
+
+
+def test_a_cell_is_what_its_parts_give(scene):
+    encoder = open_encoder('untrained-pico-test', planes(scene.parts['train'], None))
+    x = {s: features(encoder, planes(p, encoder), progress=False) for s, p in scene.parts.items()}
+    y = {s: p.y for s, p in scene.parts.items()}
+    for method in ('knn', 'linear'):
+        direct = probe(x['train'], y['train'], x['val'], y['val'], dict(test=(x['test'], y['test'])), (1.0,), (0,), (method,))
+        cell = cell_rows(scene, encoder, method, 1.0, 0)
+        pd.testing.assert_frame_equal(cell[direct.columns.drop('task')], direct.drop(columns='task'))
+    s = {k: image_statistics(planes(p, None), range(len(p))) for k, p in scene.parts.items()}
+    direct = probe(s['train'], y['train'], s['val'], y['val'], dict(test=(s['test'], y['test'])), (1.0,), (0,), ('linear',))
+    assert cell_rows(scene, None, 'linear', 1.0, 0).value.tolist() == direct.value.tolist()
+
+
+def test_a_published_share_is_the_partition_of_the_task(root, scene):
+    task = GeoBench(root, 'standin-scene')
+    assert set(scene.shares) >= {0.01, 0.05, 0.5}
+    for fraction, at in scene.shares.items():
+        assert [scene.parts['train'].ids[i] for i in at['train']] == task.ids('train', f'{fraction:.2f}x_train')
+    rows = cell_rows(scene, None, 'knn', 0.5, 0)
+    assert set(rows.n_train) == {len(task.ids('train', '0.50x_train'))} and set(rows.partition) == {'0.50x_train'}
+    assert set(cell_rows(scene, None, 'knn', 0.25, 0).partition) == {'nested-0.25'}
+
+
+def test_nothing_is_done_twice_and_a_line_cut_off_is_done_again(scene, tmp_path):
+    path, run = tmp_path / 'r.csv', lambda **kw: benchmark([scene], ['image_statistics', 'random_filters'], ['knn', 'linear'], tmp_path / 'r.csv', progress=False, **kw)
+    whole = run()
+    text = path.read_text()
+    assert run().equals(whole) and path.read_text() == text
+    path.write_text(text[:-40])
+    assert len(read_table(path)) == len(whole) - 1 and path.read_text().endswith('\n')
+    grown = run(seeds=(0, 1), fractions=(0.25, 1.0))
+    assert set(map(tuple, grown[['fraction', 'seed']].drop_duplicates().to_numpy())) == {(1.0, 0), (0.25, 0), (0.25, 1)}
+    assert not as_rows(grown).duplicated(['task', 'arm', 'protocol', 'fraction', 'seed', 'split', 'metric']).any()
+    assert tuple(grown.columns) == COLUMNS and COLUMNS[:len(TORCHGEO)] == TORCHGEO
+
+
+def test_other_weights_under_the_same_name_are_another_encoder(scene, tmp_path):
+    path = tmp_path / 'r.csv'
+    for seed in (0, 1):
+        encoder = open_encoder('untrained-pico-test', planes(scene.parts['train'], None), seed=seed)
+        append_rows(path, as_columns(cell_rows(scene, encoder, 'knn', 1.0, 0), scene, encoder, 'same', weights_hash(encoder)[:16], None))
+    assert read_table(path).weights.nunique() == 2
+
+
+def test_bands_that_a_task_lacks_are_stood_in_for(root):
+    task = open_task(GeoBench(root, 'standin-climate'))
+    assert 'B1' not in task.parts['train'].bands
+    scene = open_task(GeoBench(root, 'standin-scene'))
+    twelve = [b for b in scene.parts['train'].bands if b != 'B10']
+    encoder = untrained(planes(scene.parts['train'], None), size='pico-test', bands=twelve)
+    got = planes(task.parts['test'], encoder).read(slice(0, 2))['sentinel2']
+    own = planes(task.parts['test'], None)
+    scaled = own.read(slice(0, 2))['sentinel2']
+    assert np.array_equal(got[:, twelve.index('B1')], scaled[:, own.bands().index('B2')]) and np.array_equal(got[:, twelve.index('B4')], scaled[:, own.bands().index('B4')])
+
+
+def test_what_does_not_fit_is_refused(scene, tmp_path):
+    with pytest.raises(ValueError, match="'unet' is not for it; there are knn"): cell_rows(scene, None, 'unet', 1.0, 0)
+    with pytest.raises(ValueError, match='finetune trains an encoder with stages'): cell_rows(scene, None, 'finetune', 1.0, 0)
+    with pytest.raises(FileNotFoundError, match='no such run or checkpoint'): benchmark([scene], ['reports/runs/none'], ['knn'], tmp_path / 'r.csv', progress=False)
+    with pytest.raises(ValueError, match='methods: nothing unknown'): benchmark([scene], [], ['nothing'], tmp_path / 'r.csv')
+    (tmp_path / 'r.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(ValueError, match='r.csv has other columns .* write into another file'): read_table(tmp_path / 'r.csv')
+
+
+def test_few_images_are_drawn_from_everywhere():
+    task = open_labelled('standin-160/standin-scene', 24)
+    assert len(task.parts['train']) == 24 and len(set(task.parts['train'].y.tolist())) > 4
+
+
+@pytest.mark.parametrize('notebook,folder', [('benchmark', 'evaluations'), ('laboratory', 'laboratories')])
+def test_files_of_parameters_fit_their_notebooks(notebook, folder):
+    found = list((RUNS / folder).glob('*.yaml'))
+    assert found
+    for path in found:
+        given = yaml.safe_load(path.read_text())
+        check(given, declared(RUNS / f'{notebook}.ipynb'), path.name)
+        if notebook == 'benchmark': assert set(given['methods']) <= {m for ms in METHODS.values() for m in ms}
+        assert 'Command:' in path.read_text() and 'Hardware and time:' in path.read_text()

@@ -1,0 +1,62 @@
+"""The pretext laboratory: arms, effects against a loop, and one that was stopped."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmearth.laboratory import arms, effects, experiment, questions
+from mmearth.modalities import TASKS, modality
+from mmearth.recipe import Recipe, RecipeError
+from mmearth.store import Store
+from mmearth.synthetic import write_store
+
+
+def test_every_task_is_left_out_once_and_taken_in_once():
+    found = arms(TASKS)
+    assert len(found) == 1 + 12 + 1 + 11
+    for t in TASKS:
+        assert set(found[f'without {t}']) == set(TASKS) - {t}
+        if t != 'sentinel2': assert found[f'with {t}'] == ('sentinel2', t)
+
+
+def test_effects_are_paired_by_seed():
+    rng = np.random.default_rng(0)
+    names = list(arms(('sentinel2', 'lat', 'biome')))
+    luck = rng.normal(0, 0.2, 5)
+    rows = pd.DataFrame([dict(arm=a, seed=s, question='q', accuracy=0.5 + luck[s] + (0.1 if a in ('all', 'without lat', 'with biome') else 0) + rng.normal(0, 0.002), images=9) for a in names for s in range(5)])
+    found = effects(rows).set_index(['way', 'task'])
+    at = rows.set_index(['arm', 'seed']).accuracy
+    for (way, task), r in found.iterrows():
+        a, b = ('all', f'without {task}') if way == 'left out' else (f'with {task}', 'sentinel2')
+        each = [100 * (at[a, s] - at[b, s]) for s in range(5)]
+        wide = 2.776445 * np.std(each, ddof=1) / 5 ** 0.5
+        assert (r.points, r.low, r.high) == pytest.approx((np.mean(each), np.mean(each) - wide, np.mean(each) + wide))
+    assert found.low['left out', 'biome'] > 8 and abs(found.points['left out', 'lat']) < 1 and found.low['taken in', 'biome'] > 8
+
+
+def test_one_that_was_stopped_goes_on(tmp_path):
+    store, scenes = Store(write_store(tmp_path / 'tiles', 24, seed=3)), Store(write_store(tmp_path / 'scenes', 64, seed=1, labelled=True))
+    recipe = Recipe(batch=8, epochs=0.5, crop=32, decoder_width=32, tasks=('sentinel2', 'lat'))
+    whole = experiment(recipe, store, scenes, tmp_path / 'kept', (0,), ('in',), progress=False)
+    first, second = sorted((tmp_path / 'kept').glob('*.csv'))
+    before = first.stat().st_mtime_ns
+    second.unlink()
+    (tmp_path / 'kept' / 'x.part').write_text('half')
+    pd.testing.assert_frame_equal(experiment(recipe, store, scenes, tmp_path / 'kept', (0,), ('in',), progress=False), whole)
+    assert first.stat().st_mtime_ns == before
+
+
+def test_questions_are_read_off_the_store(tmp_path):
+    scenes = Store(write_store(tmp_path / 'scenes', 40, seed=1, labelled=True))
+    asked, rows = questions(scenes, np.arange(40)), np.arange(40)
+    cover = scenes.read(rows, ['dynamic_world'])['dynamic_world']
+    for i in rows:
+        codes, counts = np.unique(cover[i][cover[i] > 0], return_counts=True)
+        assert asked['main cover'][i] == (codes[counts.argmax()] if len(codes) else -1)
+    height = scenes.read(rows, ['aster'])['aster'][:, 0].astype(float)
+    height[np.isin(height, modality('aster').nodata_stored)] = np.nan
+    known = [i for i in rows if asked['elevation'][i] >= 0]
+    order = np.argsort([np.nanmean(height[i]) for i in known], kind='stable')
+    assert (np.diff(asked['elevation'][known][order]) >= 0).all()
+    with pytest.raises(RecipeError, match='no labels'): questions(Store(write_store(tmp_path / 'tiles', 8)), np.arange(8))
+    for bad in (('lat', 'lon'), ('sentinel2',)):
+        with pytest.raises(RecipeError, match='at least one more'): arms(bad)
