@@ -73,12 +73,15 @@ def test_query_index_show(store, tmp_path):
 
 def test_a_folder_is_served_until_it_is_interrupted(store, tmp_path):
     command = [sys.executable, '-m', 'mmearth.cli', 'serve', str(store), '--port', '0', '--quiet']
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        address = server.stdout.readline().strip()
-        assert '2 of 24 tiles' in call('fetch', address, tmp_path / 'part', '--rows', '3,9', '--no-progress')
-        assert Store(tmp_path / 'part').tile_ids == [Store(store).tile_ids[i] for i in (3, 9)]
-        server.send_signal(signal.SIGINT)
-        assert server.wait(10) == 0 and server.stderr.read() == ''
+    listening = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)                # a shell's background job is born deaf to it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening) as server:
+        try:
+            address = server.stdout.readline().strip()
+            assert '2 of 24 tiles' in call('fetch', address, tmp_path / 'part', '--rows', '3,9', '--no-progress')
+            assert Store(tmp_path / 'part').tile_ids == [Store(store).tile_ids[i] for i in (3, 9)]
+            server.send_signal(signal.SIGINT)
+            assert server.wait(10) == 0 and server.stderr.read() == ''
+        finally: server.kill()
     assert 'no such folder' in call('serve', tmp_path / 'nothing', code=1)
 
 
