@@ -27,6 +27,11 @@ from mmearth.store import Store, StoreError
 COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run rehearse replay pretrain experiment'.split()
 
 
+def listening():
+    "In a child: a shell's background job is born deaf to interrupts."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def call(*words, code=0):
     "What was said on stdout; the exit code is as expected."
     found = CliRunner().invoke(app, [str(w) for w in words])
@@ -73,7 +78,6 @@ def test_query_index_show(store, tmp_path):
 
 def test_a_folder_is_served_until_it_is_interrupted(store, tmp_path):
     command = [sys.executable, '-m', 'mmearth.cli', 'serve', str(store), '--port', '0', '--quiet']
-    listening = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)                # a shell's background job is born deaf to it
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening) as server:
         try:
             address = server.stdout.readline().strip()
@@ -251,7 +255,7 @@ def test_a_real_process_and_ctrl_c(tiny_store, tmp_path):
     from test_remote import serve, url
     server = serve(source.root)
     server.mood = 'slow'
-    child = subprocess.Popen([sys.executable, '-m', 'mmearth.cli', 'fetch', url(server, source), str(tmp_path / 'x')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, '-m', 'mmearth.cli', 'fetch', url(server, source), str(tmp_path / 'x')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     while len(server.served) < 30 and child.poll() is None: time.sleep(.01)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)
