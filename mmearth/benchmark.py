@@ -104,7 +104,8 @@ def cell_rows(task:Benched, encoder:nn.Module|None, method:str, fraction:float, 
             rows = segment(encoder, data['train'], data['val'], dict(test=data['test']), task.classes, method, seed, epochs, device, progress, bands=encoder.contract.bands)
         else:
             data = {s: (planes(p, encoder), p.y) for s, p in parts.items()}
-            stats = task.stats and {b: (s['mean'], s['std']) for b, s in task.stats.items()}
+            known = {b: (s['mean'], s['std']) for b, s in (task.stats or {}).items()}
+            stats = {b: known[b if b in known else STAND_INS.get(b, b)] for b in encoder.contract.bands} if known else None
             rows = finetune(encoder, data['train'], data['val'], dict(test=data['test']), task.kind, task.classes, method, seed, epochs, device, progress, stats=stats if method.endswith(('-paper', '-few')) else None,
                             fraction=1.0 if share else fraction, ids=parts['train'].ids)
     return rows.assign(task=task.name, fraction=fraction, partition=f'{fraction:.2f}x_train' if task.shares.get(fraction) else 'default' if fraction == 1 else f'nested-{fraction:g}')

@@ -82,6 +82,14 @@ def test_bands_that_a_task_lacks_are_stood_in_for(root):
     assert np.array_equal(got[:, twelve.index('B1')], scaled[:, own.bands().index('B2')]) and np.array_equal(got[:, twelve.index('B4')], scaled[:, own.bands().index('B4')])
 
 
+def test_the_paper_scales_a_stood_in_band_by_what_stands_in(root):
+    task, scene = open_task(GeoBench(root, 'standin-climate')), open_task(GeoBench(root, 'standin-scene'))
+    assert 'B1' not in task.stats
+    encoder = untrained(planes(scene.parts['train'], None), size='pico-test', bands=[b for b in scene.parts['train'].bands if b != 'B10'])
+    rows = cell_rows(task, encoder, 'linear-paper-few', 1.0, 0, epochs=1)
+    assert set(rows.protocol) == {'linear-paper-few'} and rows.value.between(0, 1).all()
+
+
 def test_what_does_not_fit_is_refused(scene, tmp_path):
     with pytest.raises(ValueError, match="'unet' is not for it; there are knn"): cell_rows(scene, None, 'unet', 1.0, 0)
     with pytest.raises(ValueError, match='finetune trains an encoder with stages'): cell_rows(scene, None, 'finetune', 1.0, 0)
