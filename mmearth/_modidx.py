@@ -84,6 +84,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mmearth.cli': { 'mmearth.cli.Front': ('cli.html#front', 'mmearth/cli.py'),
                              'mmearth.cli.Front.invoke': ('cli.html#front.invoke', 'mmearth/cli.py'),
                              'mmearth.cli._open': ('cli.html#_open', 'mmearth/cli.py'),
+                             'mmearth.cli._recipe': ('cli.html#_recipe', 'mmearth/cli.py'),
                              'mmearth.cli._row': ('cli.html#_row', 'mmearth/cli.py'),
                              'mmearth.cli._size': ('cli.html#_size', 'mmearth/cli.py'),
                              'mmearth.cli._write': ('cli.html#_write', 'mmearth/cli.py'),

@@ -268,12 +268,16 @@ def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:
     words = [w for p in params for w in ('-p', *p.split('=', 1))]
     typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
 
+def _recipe(path:Path, params:list[str]):
+    "A recipe of a file, with values given as KEY=VALUE in its place."
+    parse = import_module('yaml').safe_load
+    return import_module('mmearth.recipe').load_recipe(path, **{k: parse(v) for k, _, v in (p.partition('=') for p in params)})
+
 @app.command()
 def pretrain(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')],
              params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(), progress:_Progress=True):
     "Pretrain from a recipe, without a notebook. Under torchrun on several GPUs; stopped by SIGTERM it ends with code 75 and goes on when called again."
-    parse, training, joined = import_module('yaml').safe_load, import_module('mmearth.pretrain'), import_module('mmearth.together')
-    chosen = import_module('mmearth.recipe').load_recipe(recipe, **{k: parse(v) for k, _, v in (p.partition('=') for p in params)})
+    chosen, training, joined = _recipe(recipe, params), import_module('mmearth.pretrain'), import_module('mmearth.together')
     with joined.together():
         try: run = training.pretrain(chosen, import_module('mmearth.experiment').open_data(chosen.data), out, progress=progress)
         except joined.Stopped as e:
@@ -292,8 +296,7 @@ def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/ex
 def rehearse(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(),
              seconds:Annotated[float, typer.Option(help='time for the updates that are measured')]=10.):
     "Rate, hours, waiting and overhead of a pretraining, from a few of its updates measured here."
-    parse = import_module('yaml').safe_load
-    chosen = import_module('mmearth.recipe').load_recipe(recipe, **{k: parse(v) for k, _, v in (p.partition('=') for p in params)})
+    chosen = _recipe(recipe, params)
     found = import_module('mmearth.rehearsal').rehearse(chosen, import_module('mmearth.experiment').open_data(chosen.data), seconds)
     for key, value in found.items(): typer.echo(f'{key}: {value:,.4g}' if isinstance(value, float) else f'{key}: {value:,}')
 
