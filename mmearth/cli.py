@@ -161,9 +161,9 @@ def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose 
 
 @app.command()
 def synthetic(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder to make')], tiles:Annotated[int, typer.Option(help='how many')]=200, size:Annotated[int, typer.Option(help='side of a tile in pixels')]=64,
-              seed:Annotated[int, typer.Option(help='another seed, other tiles of the same planet')]=0, labelled:Annotated[bool, typer.Option(help='tiles that show a scene, with labels')]=False, progress:_Progress=True):
+              seed:Annotated[int, typer.Option(help='another seed, other tiles of the same planet')]=0, labelled:Annotated[bool, typer.Option(help='tiles that show a scene, with labels')]=False, workers:_Workers=0, progress:_Progress=True):
     "Write a store of synthetic Earth. In the released layout, to try things on."
-    typer.echo(import_module('mmearth.synthetic').write_store(root, tiles, size, seed, progress=progress, labelled=labelled))
+    typer.echo(import_module('mmearth.synthetic').write_store(root, tiles, size, seed, progress=progress, labelled=labelled, workers=workers))
 
 # %% ../nbs/59_cli.ipynb #look-commands
 @app.command()

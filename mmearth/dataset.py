@@ -29,6 +29,7 @@ class Scale:
         self.wanted = {k: tuple(v) for k, v in wanted.items()}
         self.stored = {k: tuple((stored or {}).get(k, modality(k).bands)) for k in wanted}
         self.places = {k: select(v, self.stored[k], k) for k, v in self.wanted.items()}
+        self.picked = {k: torch.tensor(v) for k, v in self.places.items()}
         self.mean, self.inverse, self.unknown = {}, {}, {}
         for name in self.wanted:
             m = modality(name)
@@ -50,7 +51,7 @@ class Scale:
 
     def to(self, device)->'Scale':
         "Moves the tables."
-        for table in (self.mean, self.inverse): table.update({k: v.to(device) for k, v in table.items()})
+        for table in (self.mean, self.inverse, self.picked): table.update({k: v.to(device) for k, v in table.items()})
         return self
 
 # %% ../nbs/06_dataset.ipynb #decode-parts
@@ -65,7 +66,7 @@ def scale_bands(x:torch.Tensor, # (B, C, ...) stored numbers of a continuous mod
                )->tuple[torch.Tensor, torch.Tensor]: # z-scores, 0 where not valid, and validity, both (B, C', ...)
     "Scales the wanted bands and finds what is not valid."
     places, name = scale.places[m.name], m.name
-    if places != list(range(x.shape[1])): x = _bits(x).index_select(1, torch.tensor(places, device=x.device)).view(x.dtype)
+    if places != list(range(x.shape[1])): x = _bits(x).index_select(1, scale.picked[name].to(x.device)).view(x.dtype)
     x = x.float()
     row = level if m.by_level else torch.zeros_like(level)
     mean, inverse = (t[name].to(x.device)[row].reshape(x.shape[:2] + (1,) * (x.ndim - 2)) for t in (scale.mean, scale.inverse))
@@ -110,9 +111,10 @@ def decode(raw:dict, # name -> array or tensor (B, C[, H, W]) of stored numbers
     scale = stats if isinstance(stats, Scale) else Scale(stats, wanted, stored)
     other = [k for k, v in (wanted or {}).items() if scale.wanted.get(k) != tuple(v)]
     if other: raise ValueError(f'decode: the Scale was made for other bands of {", ".join(other)}')
-    unknown = set(map(str, levels)) - set(LEVELS)
+    names, which = np.unique(np.asarray(levels, str), return_inverse=True)
+    unknown = set(names.tolist()) - set(LEVELS)
     if unknown: raise ValueError(f'decode: processing levels {sorted(unknown)}, known are {", ".join(LEVELS)}')
-    level = torch.tensor([LEVELS.index(l) for l in levels], device=device)
+    level = torch.tensor([LEVELS.index(n) for n in names])[torch.from_numpy(which)].to(device, non_blocking=True)
     batch:dict = dict(valid={})
     for name in wanted or scale.wanted:
         m = modality(name)
@@ -120,7 +122,7 @@ def decode(raw:dict, # name -> array or tensor (B, C[, H, W]) of stored numbers
         x = torch.as_tensor(raw[name], device=device)
         planes = m.columns if m.onehot else len(scale.stored[name])
         if x.shape[:2] != (len(level), planes): raise ValueError(f'decode: {name} has shape {tuple(x.shape)}, ({len(level)}, {planes}, ...) expected')
-        absent = scale.unknown.get(name, set()) & set(map(str, levels)) if m.by_level else ()
+        absent = scale.unknown.get(name, set()) & set(names.tolist()) if m.by_level else ()
         if absent: raise StoreError('band statistics', m.stats_key(min(absent)), 'missing, but the batch holds such tiles', 'compute them with mmearth.statistics.statistics(store)')
         batch[name], batch['valid'][name] = _categorical(x, m) if m.kind == 'categorical' else scale_bands(x, m, scale, level)
     return batch
@@ -139,9 +141,10 @@ def random_crop(raw:dict, # name -> array or tensor; maps are (B, C, H, W)
     n, height, width = shapes.pop()
     if not 0 < size <= min(height, width): raise ValueError(f'random_crop: a window of {size} does not fit into {height} x {width} pixels')
     top, left = (torch.randint(side - size + 1, (n,), generator=generator) for side in (height, width))
+    places = {d: [i.to(d, non_blocking=True) for i in (torch.arange(n), top, left)] for d in {raw[k].device for k in maps}}
     for k in maps:
         windows = _bits(raw[k]).unfold(2, size, 1).unfold(3, size, 1)  # (B, C, H', W', size, size), a view
-        sample, down, right = (i.to(windows.device) for i in (torch.arange(n), top, left))
+        sample, down, right = places[windows.device]
         raw[k] = windows[sample, :, down, right].view(raw[k].dtype)
     return raw
 

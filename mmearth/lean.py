@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .convnext import Block, ConvNeXtV2
-from .sparse import Plan, packed_halve, zorder
+from .sparse import Plan, along_z, packed_halve, zorder
 
 # %% ../nbs/12a_lean.ipynb #cores
 @lru_cache
@@ -94,14 +94,13 @@ def window_table(plan:Plan, side:int, # of a patch, in pixels of this map
     ids, grid, device = plan.ids, plan.grid, plan.ids.device
     slot = torch.full((len(ids), grid * grid + 1), -1, device=device)  # the last one stands for beyond the border
     slot.scatter_(1, ids, torch.arange(ids.shape[1], device=device).expand_as(ids))
-    along_z = torch.empty(side * side, dtype=torch.long, device=device)
-    along_z[torch.tensor(zorder(side), device=device)] = torch.arange(side * side, device=device)
+    curve = along_z(side, device).argsort()  # place on it of each pixel
     offset = torch.arange(-reach, side + reach, device=device)
     y, x = ((i[..., None] * side + offset) for i in (ids // grid, ids % grid))  # (B, V, window)
     inside = ((y >= 0) & (y < grid * side))[..., :, None] & ((x >= 0) & (x < grid * side))[..., None, :]
     patch = (y // side)[..., :, None] * grid + (x // side)[..., None, :]
     owner = slot.gather(1, torch.where(inside, patch, grid * grid).flatten(1)).view_as(patch)
-    pixel = along_z[((y % side) * side)[..., :, None] + (x % side)[..., None, :]]
+    pixel = curve[((y % side) * side)[..., :, None] + (x % side)[..., None, :]]
     return torch.where(owner < 0, -1, owner * side * side + pixel).flatten(2).int()
 
 @dataclass
@@ -134,7 +133,7 @@ class Site:
 def make_site(plan:Plan, side:int, size:int)->Site:
     "Of a plan, made once."
     key = 'site', side, size
-    if key not in plan.kept: plan.kept[key] = Site(window_table(plan, side), side, size, torch.tensor(zorder(side), device=plan.ids.device))
+    if key not in plan.kept: plan.kept[key] = Site(window_table(plan, side), side, size, along_z(side, plan.ids.device))
     return plan.kept[key]
 
 # %% ../nbs/12a_lean.ipynb #pieces-type

@@ -187,8 +187,7 @@ class Loader:
                 ):
         if batch < 1 or not 0 <= rank < world: raise ValueError(f'Loader: batch={batch}, rank={rank}, world={world}: a batch of at least one, and a rank below world, are needed')
         source = open_tiles(source) if isinstance(source, (str, Path)) else source
-        self.source, self.size, self.world, self.rows, self.begun = source, batch, world, choose_rows(source, rows), 0
-        self.modalities = source.named(modalities)
+        self.source, self.size, self.world, self.rows, self.modalities, self.begun = source, batch, world, choose_rows(source, rows), source.named(modalities), 0
         if batch * world > len(self.rows): raise ValueError(f'Loader: batches of {batch} for {world} processes, but {source.root} has {len(self.rows)} such rows: make the batch smaller')
         self.gather = Gather(source, self.rows, self.modalities, memory, ahead)
         slots = [Slot(self.gather.like, batch, pin) for _ in range(threads + 2 if threads else 1)]
@@ -213,6 +212,8 @@ class Loader:
         "The whole steps of one epoch; the next `for` goes on with the next epoch."
         self.begun += len(self)
         return self.steps(self.begun - len(self), self.begun)
+
+    idle = property(lambda self: self.line.idle, doc='Seconds that the caller has spent waiting for data.')
 
     @property
     def waited(self)->float:

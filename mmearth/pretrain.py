@@ -8,7 +8,7 @@ __all__ = ['CLOCK', 'learning_rate', 'parameter_groups', 'check_store', 'Feed', 
            'pretrain', 'pictures']
 
 # %% ../nbs/21_pretrain.ipynb #imports
-import csv, json, math, re, shutil, time
+import csv, json, math, os, re, shutil, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -81,11 +81,20 @@ class Feed:
                 ):
         self.world, self.store, self.recipe, self.device, self.rows = world, store, recipe, device, store.rows(recipe.split)
         self.scale = Scale(store.stats, wanted, {m: store.bands(m) for m in wanted}).to(device)
-        self.loader = Loader(store, self.rows, list(wanted), recipe.batch, recipe.seed, rank, world, memory=memory)
+        threads = max(1, min(4, (os.cpu_count() or 1) // 4)) if device.type == 'cuda' else 1
+        self.loader, self.begun = Loader(store, self.rows, list(wanted), recipe.batch, recipe.seed, rank, world, threads, memory=memory), {}
 
     def batch(self, position:int, # of the first sample in the stream, a multiple of the batch
              )->tuple[dict, torch.Tensor, np.ndarray]: # decoded batch, mask (N, L) on the CPU, rows of the store
         "The batch that starts at a position of the stream."
+        return self.begun.pop(position) if position in self.begun else self._make(position)
+
+    def begin(self, position:int):
+        "Decodes a batch that will be asked for soon, while a GPU is still busy with others."
+        self.begun = {position: self._make(position)}
+
+    def _make(self, position:int)->tuple[dict, torch.Tensor, np.ndarray]:
+        "What `batch` returns."
         r = self.recipe
         if position % r.batch: raise ValueError(f'Feed: position {position} is not the start of a batch of {r.batch}')
         found = self.loader.batch(position // r.batch // self.world)
@@ -189,6 +198,7 @@ class Trainer:
         self.model.to(self.device).train()
         self.shared = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+        self.kept = self.average.module if self.average else self.model  # whose weights are kept: the running mean where there is one
         self.feed = Feed(store, recipe, self.model.wanted, self.device, rank=self.rank, world=self.world)
         self.total = updates(recipe, len(self.feed.rows))
         self.warmup = round(self.total * min(1., recipe.warmup_epochs / recipe.epochs)) if recipe.epochs else 0
@@ -211,6 +221,7 @@ class Trainer:
             seen.append((out.loss.detach(), out.losses.detach(), rows.copy()))
             self.sums += torch.stack([torch.where(out.present, seen[-1][1], 0), out.present.float()])
             self.count[:2] += torch.stack([seen[-1][0], torch.ones_like(seen[-1][0])])
+        if self.device.type == 'cuda': self.feed.begin(((step + 1) * r.accumulate + self.rank) * r.batch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         *each, whole = torch.stack([loss for loss, _, _ in seen] + [norm.isfinite()]).tolist()
         for loss, (_, losses, rows) in zip(each, seen):
@@ -222,11 +233,6 @@ class Trainer:
         if self.average: self.average.update_parameters(self.model)
         self.count[2:] += torch.stack([norm, torch.ones_like(norm)])
         return sum(each) / len(each)
-
-    @property
-    def kept(self)->MPMAE:
-        "The model whose weights are kept: the running mean where there is one."
-        return self.average.module if self.average else self.model
 
 # %% ../nbs/21_pretrain.ipynb #pick-device
 def pick_device()->str:
@@ -317,7 +323,7 @@ def pretrain(recipe:Recipe, # what to do
             done = step + 1
             if done % recipe.log_every == 0 or done in (1, trainer.total):
                 _gather(trainer)
-                now, waited = time.perf_counter(), trainer.feed.loader.line.idle
+                now, waited = time.perf_counter(), trainer.feed.loader.idle
                 row = log_row(trainer, done, now - last, (done - since) * each, waited - idle)
                 if first: log.write(row)
                 last, since, idle = now, done, waited

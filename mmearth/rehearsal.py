@@ -26,12 +26,12 @@ def rehearse(recipe:Recipe, # what would be run
         if not trainer.total: return found
         with trainer.feed.loader as loader:
             trainer.update(0)
-            began, idle = time.perf_counter(), loader.line.idle
+            began, idle = time.perf_counter(), loader.idle
             while len(times) < min(2, trainer.total) or sum(times) < seconds and len(times) < trainer.total - 1:
                 start = time.perf_counter()
                 trainer.update(len(times) + 1)
                 times.append(time.perf_counter() - start)
-            waited, kept = (loader.line.idle - idle) / (time.perf_counter() - began), time.perf_counter()
+            waited, kept = (loader.idle - idle) / (time.perf_counter() - began), time.perf_counter()
         save(trainer, 1)
         checkpoint, log, start = time.perf_counter() - kept, Log(Path(folder), tuple(trainer.model.tasks), 0), time.perf_counter()
         log.write(log_row(trainer, 1, 1., each, 0.))

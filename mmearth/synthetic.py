@@ -7,20 +7,21 @@ __all__ = ['SURFACES', 'MATERIALS', 'AIR', 'VEGETATION', 'CLIMATES', 'SCENES', '
            'MIN_SUN', 'CHANCES', 'FIELDS', 'L2A_SHARE', 'RATES', 'STORED', 'CHUNK', 'ball_noise', 'smooth', 'ramp',
            'biomes', 'ecoregions', 'planet', 'draw', 'sun', 'climate', 'place', 'weather', 'terrain', 'hashed',
            'parcels', 'cover', 'phenology', 'land', 'reflectance', 'sentinel2', 'sentinel1', 'products', 'observe',
-           'tile_info', 'scene', 'search', 'band_stats', 'fill', 'write_store']
+           'tile_info', 'scene', 'search', 'make_chunk', 'fill', 'write_store']
 
 # %% ../nbs/02_synthetic.ipynb #imports
 import json
-from functools import lru_cache
+import zlib
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 import h5py
 import numpy as np
-from tqdm import tqdm
-from .modalities import BIOMES, ECOREGION_BIOME, S2_BANDS, S2_MASKS, TASKS, modality, valid
-from .moments import Moments
+from .modalities import BIOMES, ECOREGION_BIOME, S2_BANDS, S2_MASKS, TASKS, modality
+from .moments import band_stats
+from .spread import spread
 
 # %% ../nbs/02_synthetic.ipynb #tables
 SURFACES, MATERIALS, AIR, VEGETATION, CLIMATES, SCENES, STEERING = (
@@ -367,32 +368,29 @@ def search(world, seed, rows, size, tries=1000):
 # %% ../nbs/02_synthetic.ipynb #statistics
 STORED, CHUNK = TASKS + S2_MASKS, 32  # datasets of a store; tiles made at a time
 
-def band_stats(h, level):
-    "The released statistics, without holes, from as many tiles as fit in some 100 MB; NaN for a band that is never there."
-    stats, first = {}, 2**22 // h['sentinel2'].shape[-1]**2
-    for m in (m for m in map(modality, STORED) if m.kind == 'continuous'):
-        for kind in np.unique(level[:first]) if m.by_level else [None]:
-            raw = h[m.name][:first][(level == kind)[:first] | (kind is None)]
-            stats[m.stats_key(kind)] = Moments.of(raw, valid(m, raw)).entry()
-    return stats
-
 # %% ../nbs/02_synthetic.ipynb #fill
-def fill(h, n, size, seed, world, labelled, progress):
-    "Makes tiles and writes them chunk by chunk; gives back the texts of the side files."
-    info, labels = {}, ['tile_id,row,label,split']
+def make_chunk(size, seed, world, labelled, rows):
+    "Tiles from a row up to another: compressed blocks by dataset, their records, their lines of the table of labels."
+    rows = np.arange(*rows)
+    targets, attempts = search(world, seed, rows, size) if labelled else (-1 + 0 * rows, 0)
+    t = land(world, seed, rows, size, attempts, targets)
+    blocks = {name: [zlib.compress(x.tobytes(), 1) for x in a] for name, a in observe(t).items()}
+    aside = hashed(np.floor(t.lat / 6) + 99, np.floor(t.lon / 6) + 99, world).ravel() < 0.15  # blocks of 6 degrees; the other tiles are dealt 60 : 10 : 15
+    split = np.select([aside, t.luck.deal.ravel() < 15 / 85, t.luck.deal.ravel() < 25 / 85], ['test_region', 'test_image', 'val'], 'train')
+    return blocks, [tile_info(t, i) for i in range(len(rows))], [f'{r},{r},{SCENES["scene"][k]},{part}' for r, k, part in zip(rows, targets, split)]
+
+def fill(h, n, size, seed, world, labelled, progress, workers=0):
+    "Writes tiles chunk by chunk; gives back the texts of the side files."
+    info, labels, parts = {}, ['tile_id,row,label,split'], [(first, min(first + CHUNK, n)) for first in range(0, n, CHUNK)]
     for m in map(modality, STORED): h.create_dataset(m.name, (n, *m.shape(size)), m.dtype, chunks=(1, *m.shape(size)), compression='gzip', compression_opts=1)
-    for start in tqdm(range(0, n, CHUNK), disable=not progress, unit='chunk', desc='synthetic Earth'):
-        rows = np.arange(start, min(start + CHUNK, n))
-        targets, attempts = search(world, seed, rows, size) if labelled else (-1 + 0 * rows, 0)
-        t = land(world, seed, rows, size, attempts, targets)
-        for name, a in observe(t).items(): h[name][rows[0]:rows[-1] + 1] = a
-        info |= {str(row): tile_info(t, i) for i, row in enumerate(rows)}
-        aside = hashed(np.floor(t.lat / 6) + 99, np.floor(t.lon / 6) + 99, world).ravel() < 0.15  # blocks of 6 degrees; the other tiles are dealt 60 : 10 : 15
-        split = np.select([aside, t.luck.deal.ravel() < 15 / 85, t.luck.deal.ravel() < 25 / 85], ['test_region', 'test_image', 'val'], 'train')
-        labels += [f'{r},{r},{SCENES["scene"][k]},{part}' for r, k, part in zip(rows, targets, split)]
+    for (first, _), (blocks, told, lines) in zip(parts, spread(partial(make_chunk, size, seed, world, labelled), parts, workers, desc='synthetic Earth' if progress else None)):
+        for name, tiles in blocks.items():
+            for row, block in enumerate(tiles, first): h[name].id.write_direct_chunk((row, *[0] * (h[name].ndim - 1)), block)
+        info |= {str(row): record for row, record in enumerate(told, first)}
+        labels += lines
     level = [tile['S2_type'] for tile in info.values()]
     h['metadata'] = np.array(list(zip(info, level)), [('tile_id', 'S100'), ('S2_type', 'S10')])
-    side = dict(band_stats=band_stats(h, np.array(level)), splits=dict(train=list(range(n)), val=[], test=[]), tile_info=info)
+    side = dict(band_stats=band_stats(h, STORED, np.array(level)), splits=dict(train=list(range(n)), val=[], test=[]), tile_info=info)
     return {f'{name}.json': json.dumps(what) for name, what in side.items()} | ({'labels.csv': '\n'.join(labels + [''])} if labelled else {})
 
 # %% ../nbs/02_synthetic.ipynb #write-store
@@ -404,6 +402,7 @@ def write_store(root, # directory to make; new or empty
                 progress:bool=False, # show a progress bar
                 labelled:bool=False, # look for tiles that show a scene, and write {stem}_labels.csv
                 world:int=0, # the planet
+                workers:int=0, # processes that make tiles; 0 works in this one
                )->Path: # `root`
     "Writes `n` tiles of synthetic Earth in the released layout: all of it or, if anything stops it, nothing."
     root, stem = Path(root), stem or f'data_synthetic_v001_{size}'
@@ -412,7 +411,7 @@ def write_store(root, # directory to make; new or empty
     root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f'.{root.name}.', suffix='.part', dir=root.parent) as tmp:
         (part := Path(tmp) / 'store').mkdir()
-        with h5py.File(part / f'{stem}.h5', 'w') as h: side = fill(h, n, size, seed, world, labelled, progress)
+        with h5py.File(part / f'{stem}.h5', 'w') as h: side = fill(h, n, size, seed, world, labelled, progress, workers)
         for name, text in side.items(): (part / f'{stem}_{name}').write_text(text)
         part.rename(root)
     return root

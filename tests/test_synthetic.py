@@ -205,6 +205,15 @@ def test_an_existing_store_is_never_overwritten(store, tmp_path):
     assert len(list(write_store(tmp_path / 'empty', 1, size=16, stem='mine').glob('mine*'))) == 4
 
 
+def test_processes_write_the_same_store(tmp_path):
+    stores = [write_store(tmp_path / f'store{workers}', 70, size=16, seed=3, labelled=True, workers=workers) for workers in (0, 2)]
+    one, two = ({f.name: f.read_bytes() for f in root.iterdir() if f.suffix != '.h5'} for root in stores)
+    assert one == two
+    with h5py.File(next(stores[0].glob('*.h5'))) as a, h5py.File(next(stores[1].glob('*.h5'))) as b:
+        assert set(a) == set(b)
+        for name in a: assert a[name][()].tobytes() == b[name][()].tobytes(), name
+
+
 def test_a_failing_writer_leaves_nothing(tmp_path, monkeypatch):
     calls, observe = [], synthetic.observe
     def failing(t):
