@@ -56,9 +56,16 @@ def _ways(execution:str, checkpoint:bool): # a stem, a block, what lies between 
     "How an execution computes the parts of the encoder."
     stem, block, halve = (partial(again, f, use_reentrant=False) if checkpoint else f for f in (packed_stem, packed_block, packed_halve))
     if execution == 'plain': return stem, block, halve
-    if execution == 'triton': return stem, partial(lean_block, pieces=import_module('mmearth.gpu').TRITON, keep=not checkpoint), halve
+    if execution == 'triton':
+        gpu = import_module('mmearth.gpu')
+        return partial(stem, norm=gpu.row_norm), partial(lean_block, pieces=gpu.TRITON, keep=not checkpoint), partial(halve, norm=gpu.row_norm)
     pieces = TORCH if execution == 'lean' else import_module('mmearth.fast').NUMBA
     return partial(lean_stem, pieces=pieces), partial(lean_block, pieces=pieces, keep=not checkpoint), lean_halve
+
+@lru_cache(maxsize=4)
+def _whole_grid(samples:int, patches:int, device:torch.device)->Plan:
+    "The plan of samples in which nothing is hidden; its tables are made once."
+    with torch.inference_mode(False): return make_plan(torch.zeros(samples, patches, dtype=torch.bool), device, (1,))
 
 def visible_features(encoder:ConvNeXtV2, x:Tensor, # (B, bands, H, W), z-scored
                      plan:Plan, # of `make_plan`
@@ -79,8 +86,8 @@ def mix(decoder:nn.Sequential, # blocks of constant width
         full = rows.transpose(1, 2).reshape(B, D, int(L ** 0.5), -1)
         for block in decoder: full = again(block, full, use_reentrant=False) if checkpoint else block(full)
         return full.flatten(2).transpose(1, 2)
-    plan, block = make_plan(torch.zeros(B, L, dtype=torch.bool), rows.device, (1,)), _ways(execution, checkpoint)[1]
-    for one in decoder: rows = block(one, rows, plan, 1)
+    block = _ways(execution, checkpoint)[1]
+    for one in decoder: rows = block(one, rows, _whole_grid(B, L, rows.device), 1)
     return rows
 
 # %% ../nbs/12d_kernels.ipynb #stages

@@ -64,6 +64,11 @@ class Slot:
         self.bytes = {k: t.numpy().reshape(batch, -1).view(np.uint8) for k, t in self.raw.items()}
         self.sent:torch.cuda.Event|None = None
 
+@lru_cache
+def _beside(device:torch.device)->torch.cuda.Stream:
+    "The stream on which batches travel while a GPU computes."
+    return torch.cuda.Stream(device)
+
 class Batch(NamedTuple):
     "Raw tiles of one step."
     step:int
@@ -74,10 +79,12 @@ class Batch(NamedTuple):
     def to(self, device)->dict[str, torch.Tensor]:
         "The tensors on a device."
         device = torch.device(device)
-        moved = {k: v.to(device, non_blocking=True) for k, v in self.raw.items()}
-        if device.type == 'cuda':
-            self.slot.sent = torch.cuda.Event(blocking=True)
-            self.slot.sent.record(torch.cuda.current_stream(device))
+        if device.type != 'cuda': return {k: v.to(device) for k, v in self.raw.items()}
+        now, beside, self.slot.sent = torch.cuda.current_stream(device), _beside(device), torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(beside): moved = {k: v.to(device, non_blocking=True) for k, v in self.raw.items()}
+        self.slot.sent.record(beside)
+        now.wait_event(self.slot.sent)
+        for x in moved.values(): x.record_stream(now)
         return moved
 
 # %% ../nbs/08a_loader.ipynb #read-ahead

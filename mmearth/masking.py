@@ -28,7 +28,7 @@ def random_mask(n:int, # samples
     "Hides a random set of patches in each sample, the same number in all."
     L = grid * grid
     V = visible_patches(L, ratio)
-    noise = (torch.rand(n, L, generator=generator).numpy() * 2**24).astype(np.int64) * L + np.arange(L)  # of 24 bits each; of equals, the first is less
+    noise = (torch.rand(n, L, generator=generator).cpu().numpy() * 2**24).astype(np.int64) * L + np.arange(L)  # of 24 bits each; of equals, the first is less
     return torch.from_numpy(noise > np.partition(noise, V - 1, 1)[:, V - 1:V])
 
 # %% ../nbs/10_masking.ipynb #patch-ids

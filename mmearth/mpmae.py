@@ -96,7 +96,7 @@ class MPMAE(nn.Module):
                )->Output:
         "Predictions and losses of all tasks."
         seen = self.wanted['sentinel2']
-        x = batch['sentinel2'][:, select(self.encoder.bands, seen)]
+        x = batch['sentinel2'][:, :len(self.encoder.bands)]
         plan = make_plan(mask, x.device)
         preds = self.predict(x, plan, plan.hidden)
         losses, present = task_losses(self.tasks, preds, batch, seen, plan.hidden, self.encoder.patch, self.norm_pix)
@@ -110,7 +110,7 @@ def reconstruct(model:MPMAE, # trained
                )->dict[str, Tensor]: # pixel task -> (N, C, H, W) z-scored, or (N, H, W) class numbers
     "Predicted images of the pixel-level tasks."
     seen, images = model.wanted['sentinel2'], {}
-    x = batch['sentinel2'][:, select(model.encoder.bands, seen)]
+    x = batch['sentinel2'][:, :len(model.encoder.bands)]
     preds = model.predict(x, make_plan(mask, x.device))
     for name, bands in model.tasks.items():
         m = modality(name)

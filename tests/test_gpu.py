@@ -20,7 +20,7 @@ from mmearth.sparse import make_plan
 torch.set_num_threads(1)  # the interpreter serves one thread
 g = torch.Generator().manual_seed(0)
 for side, C, scope, grid, ratio, batch in [(8, 12, 'image', 2, .5, 1), (4, 40, 'batch', 2, .5, 2), (2, 24, 'image', 2, 0., 1), (1, 72, 'image', 4, .6, 2)]:
-    plan, block = make_plan(random_mask(batch, grid, ratio, g)), Block(C, scope)
+    plan, block = make_plan(random_mask(batch, grid, ratio, g), g.device), Block(C, scope)
     for p in block.parameters(): nn.init.normal_(p, std=.3, generator=g)
     x, d = torch.randn(2, batch, plan.ids.shape[1] * side ** 2, C, generator=g)
     def run(pieces, kind, keep=True):
@@ -59,10 +59,13 @@ def spilled(name, types, constants, warps):
 low, full, whole = '*bf16', '*fp32', 'i32'
 bad = []
 for side, C in map(eval, sys.argv[1:]):
-    W = gpu._holding(C)
-    shape, warps, ints = dict(S=side, C=C, W=W), gpu._warps(side * side * W), dict(V=whole, eps='fp32', patches=whole, run=whole, rows=whole)
-    tensors = dict(x=low, d=low, da=low, xh=low, dx=low, table='*i32', taps=full, flipped=full, bias=full, rstd=full, part=full)
-    for name, constants, w in [('_conv_norm_kernel', shape, warps), ('_conv_back_kernel', shape, warps), ('_gains_kernel', shape | dict(W=min(W, 64)), 4), ('_norm_back_kernel', dict(C=C, W=W, N=max(1, 2048 // W)), 4)]:
+    (_, W, P), (*_, N) = gpu._shape(side, C), gpu._flat(C)
+    shape, rows, many = dict(S=side, C=C, W=W, P=P), dict(C=C, W=W, N=N), dict(T=gpu._TILES)
+    ints = dict(V=whole, eps='fp32', patches=whole, run=whole, rows=whole)
+    tensors = dict(x=low, d=low, da=low, xh=low, dx=low, y=low, dy=low, table='*i32', taps=full, flipped=full, bias=full, weight=full, rstd=full, part=full)
+    near = min(W, 64)
+    for name, constants, w in [('_conv_norm_kernel', shape, gpu._warps(side * side * W * P)), ('_conv_back_kernel', shape, gpu._warps(side * side * W * P)),
+            ('_gains_kernel', shape | dict(W=near, P=64 // side ** 2), 4), ('_norm_back_kernel', rows | many, 4), ('_layer_kernel', rows, 4), ('_layer_back_kernel', rows | many, 4)]:
         if spilled(name, tensors | ints, constants, w): bad.append((name, constants))
 for name in ('_squares_kernel', '_activate_kernel', '_products_kernel', '_activate_back_kernel'):
     types = dict(h=low, ds=low, part=full, scale=full, pull=full, rows=whole, K=whole)
@@ -85,7 +88,7 @@ def test_interpreted_kernels_equal_pytorch(): program(INTERPRETED, TRITON_INTERP
 def test_no_kernel_spills_its_registers(tmp_path):
     shapes = [f'({8 >> i}, {width})' for size in ('atto', 'tiny') for i, width in enumerate(SIZES[size][1])] + ['(1, 512)']
     said = program(COMPILED, *shapes, TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
-    assert len(said.splitlines()) == 4 * len(shapes) + 4
+    assert len(said.splitlines()) == 6 * len(shapes) + 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
