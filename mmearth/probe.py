@@ -225,7 +225,7 @@ def linear_probe(train_x:np.ndarray, # (n, F)
     x, v = (scaler.transform(np.asarray(a, np.float64)) for a in (train_x, np.asarray(val_x)[counted]))
     def target(y): return y[:, None] == 1 if y.ndim == 1 and len(classes) == 2 else y  # two classes are one logit
     best, best_score = None, (-1, 0)
-    for found in regressions(x, target(y), grid, tol=1e-6):
+    for found in regressions(x, target(y), grid, tol=1e-6, dtype=torch.float32):
         p = as_sklearn(found[0], classes, *found[1:3]).predict_proba(v)
         fit = average_precision_score(w, p, average='micro') if y.ndim == 2 else (p.argmax(1) == w).mean()
         score = fit, -F.binary_cross_entropy(torch.tensor(p), torch.tensor(w).double()).item() if y.ndim == 2 else -log_loss(w, p, labels=range(p.shape[1]))

@@ -222,3 +222,29 @@ def test_planes():
     assert np.allclose(wide.arrange(('B2', 'B9')).read([0])['sentinel2'], 10_000 * x[[0]][:, [0, 2]])
     with pytest.raises(KeyError, match='B9'): data.arrange(('B9',))
     with pytest.raises(ValueError, match='unit must be'): p.Planes(x, ('B2', 'B4', 'B8A'), unit='percent')
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_the_rough_search_chooses_what_an_exact_one_would(several):
+    "The strength, and with scikit-learn's Newton solver at that strength the coefficients."
+    from sklearn.metrics import average_precision_score
+    from sklearn.preprocessing import StandardScaler
+
+    from mmearth.logistic import regressions
+    def solutions(x, y, v, w, **how):
+        z = {C: v @ weight.T + intercept for C, weight, intercept, _ in regressions(x, y, p.C_GRID, **how)}
+        return {C: average_precision_score(w, a, average='micro') if several else (a.argmax(1) == w).mean() for C, a in z.items()}
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        raw = rng.gamma(1, 1, (1500, 40)) @ (rng.normal(size=(40, 40)) / np.arange(1, 41))
+        s = 0.4 * StandardScaler().fit_transform(raw) @ rng.normal(size=(40, 6)) + rng.gumbel(size=(1500, 6))
+        y = s > np.quantile(s, 0.8) if several else s.argmax(1)
+        (x, v), (y, w) = np.split(raw, [1000]), np.split(y, [1000])
+        model = p.linear_probe(x, y, v, w).named_steps
+        scaled = model.scale.transform(x)
+        rough, same, best = (solutions(scaled, y, model.scale.transform(v), w, **how) for how in (dict(tol=1e-6, dtype=torch.float32), dict(tol=1e-6), dict(tol=1e-12)))
+        assert rough == pytest.approx(same, abs=1e-4 if several else 2.1e-3)  # an answer on the edge, of 500, may tip
+        assert best[C := model.logistic.C] >= max(best.values()) - (1e-4 if several else 4.1e-3)
+        newton = dict(C=C, solver='newton-cholesky', tol=1e-12, max_iter=200)
+        ours, theirs = ([e.coef_ for e in model.logistic.estimators_], [LogisticRegression(**newton).fit(scaled, t).coef_ for t in y.T]) if several else ([model.logistic.coef_], [LogisticRegression(**newton).fit(scaled, y).coef_])
+        for a, b in zip(ours, theirs): assert np.linalg.norm(a - b) < 2e-4 * np.linalg.norm(b)
