@@ -1259,5 +1259,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmearth.weights.load_into': ('weights.html#load_into', 'mmearth/weights.py'),
                                  'mmearth.weights.load_model': ('weights.html#load_model', 'mmearth/weights.py'),
                                  'mmearth.weights.plain': ('weights.html#plain', 'mmearth/weights.py'),
+                                 'mmearth.weights.prepared': ('weights.html#prepared', 'mmearth/weights.py'),
                                  'mmearth.weights.read_contract': ('weights.html#read_contract', 'mmearth/weights.py'),
                                  'mmearth.weights.save_weights': ('weights.html#save_weights', 'mmearth/weights.py')}}}
