@@ -1000,6 +1000,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmearth.samples.inert': ('samples.html#inert', 'mmearth/samples.py'),
                                  'mmearth.samples.metadata': ('samples.html#metadata', 'mmearth/samples.py'),
                                  'mmearth.samples.misnamed': ('samples.html#misnamed', 'mmearth/samples.py'),
+                                 'mmearth.samples.nearest_band': ('samples.html#nearest_band', 'mmearth/samples.py'),
                                  'mmearth.samples.plain': ('samples.html#plain', 'mmearth/samples.py'),
                                  'mmearth.samples.read_pickle': ('samples.html#read_pickle', 'mmearth/samples.py'),
                                  'mmearth.samples.read_sample': ('samples.html#read_sample', 'mmearth/samples.py'),

@@ -22,7 +22,8 @@ from .convnext import GRN, ConvNeXtV2
 from .dataset import Scale, decode
 from .metrics import best_threshold, multilabel_scores, scores
 from .pretrain import Diverged, learning_rate, pick_device
-from .probe import STAND_INS, Planes, nested_subsets
+from .probe import Planes, nested_subsets
+from .samples import STAND_INS
 
 # %% ../nbs/32_finetune.ipynb #protocol
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'LIMIT', 'STAND_INS', 'EUROSAT_ORDER', 'KILN_ORDER', 'Inert', 'inert', 'TameUnpickler', 'read_pickle',
-           'metadata', 'plain', 'write_pickle', 'undated', 's2_band', 'choose', 'misnamed', 'read_sample',
-           'check_label']
+           'metadata', 'plain', 'write_pickle', 'undated', 's2_band', 'nearest_band', 'choose', 'misnamed',
+           'read_sample', 'check_label']
 
 # %% ../nbs/09a_samples.ipynb #imports
 import ast
@@ -148,12 +148,19 @@ def s2_band(name:str, # as the file spells it
 
 STAND_INS = dict(B1=('B2',), B6=('B7',), B9=('B8A', 'B8'), B8A=('B8',), B8=('B8A',))  # by wavelength; the first that there is
 
+def nearest_band(band:str, # wanted
+                 offered, # band names
+                 table:dict=STAND_INS, # band -> what may stand in for it
+                )->str|None: # None where there is none
+    "The band itself or, where it is missing, the first that can stand in for it."
+    return next((o for o in (band, *table.get(band, ())) if o in offered), None)
+
 def choose(wanted, # band names
            offered, # band names
            path='', # of the task, for the error
           )->tuple[list[int], dict[str, str]]: # positions among those offered; what stands in for what
     "Finds bands by name."
-    found = {b: next((o for o in (b, *STAND_INS.get(b, ())) if o in offered), None) for b in wanted}
+    found = {b: nearest_band(b, offered) for b in wanted}
     if lost := [b for b, o in found.items() if o is None]: raise StoreError(path, ', '.join(lost), 'no such band and none that could stand in', f'choose among {", ".join(offered)}')
     return [list(offered).index(found[b]) for b in wanted], {b: o for b, o in found.items() if b != o}
 
