@@ -160,7 +160,7 @@ def prepared(contract:Contract, # of an encoder
     if x.ndim != 4 or x.shape[1] != len(names) or len(set(names)) < len(names):
         raise WeightsError(f'images of shape {tuple(x.shape)} do not fit {len(names)} band names ({", ".join(names)}); (N, C, H, W) with one name per plane in `bands` is needed')
     if unit not in UNITS: raise WeightsError(f'unit must be one of {", ".join(map(repr, UNITS))}, not {unit!r}')
-    levels = [level.lower()] * len(x) if isinstance(level, str) else [str(l) for l in level]
+    levels = [str(l).lower() for l in ([level] * len(x) if isinstance(level, str) else level)]
     for l in set(levels):
         if f'sentinel2_{l}' not in contract.stats: raise WeightsError(f'the contract has no statistics for level {l!r}; it has {", ".join(contract.stats)}')
     at = select(contract.bands, names, 'the encoder needs all its bands, and the given image')
