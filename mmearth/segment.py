@@ -18,8 +18,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 from .convnext import ConvNeXtV2
+from .finetune import Inputs, dataset_stats
 from .metrics import redrawn
-from .unet import PAPER, SOUND, Inputs, Scenes, UNetSettings, image_tables, macro_iou, padded, scenes, tables_of, train_unet
+from .probe import Planes
+from .unet import PAPER, SOUND, Scenes, UNetSettings, image_tables, macro_iou, padded, scenes, tables_of, train_unet
 
 # %% ../nbs/33_segment.ipynb #scores
 SCORES = {'macro_iou': macro_iou, 'macro_iou_all': lambda table: macro_iou(table, 'zero'),
@@ -186,9 +188,10 @@ def learn(encoder:ConvNeXtV2, # with a contract
         return Learned(model, inputs, float(log.C[log.macro_iou.idxmax()]), log)
     s = settings or (PAPER if protocol == 'unet-paper' else SOUND)
     if epochs: s = s.lasting(epochs)
-    inputs = Inputs(encoder.contract, bands, unit, s.swap_nir, train if s.task_stats else None)
+    stats = dataset_stats(Planes(train.x, tuple(bands), unit=unit).arrange(encoder.contract.bands)) if s.scale == 'dataset' else None
+    inputs = Inputs(encoder.contract, bands, unit, s.band_swap, stats)
     model, log = train_unet(encoder, inputs, train, val, classes, s, seed, device, progress)
-    return Learned(model, inputs, float(s.epochs - 1 if s.last_epoch else log.macro_iou.idxmax()), log)
+    return Learned(model, inputs, float(s.epochs - 1 if s.last_checkpoint else log.macro_iou.idxmax()), log)
 
 # %% ../nbs/33_segment.ipynb #segment
 def segment(encoder:ConvNeXtV2, # with a contract, from `load_encoder`; stays as it is
