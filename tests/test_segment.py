@@ -137,6 +137,9 @@ def test_task_stats_are_those_of_the_training_images():
     assert np.allclose(x, expected[[1, 69]], atol=1e-4)
     published = m.learn(make_encoder(), part, None, 3, BANDS, 'unet-paper', epochs=1, progress=False)
     assert np.array_equal(published.inputs(part, [1, 69]).numpy(), x[:, [0, 1, 2, 4, 3]])
+    told = {b: (900 + i, 300 + i) for i, b in enumerate(BANDS)}
+    given = m.learn(make_encoder(), part, None, 3, BANDS, 'unet-paper', epochs=1, progress=False, stats=told)
+    assert given.inputs.stats == told and m.learn(make_encoder(), part, part, 3, BANDS, 'unet', epochs=1, progress=False, stats=told).inputs.stats is None
     flat = part._replace(x=part.x.copy())
     flat.x[:, 3] = 7
     with pytest.raises(ValueError, match='band B8 of the dataset has mean 7 and spread 0'): m.learn(make_encoder(), flat, None, 3, BANDS, 'unet-paper', progress=False)
