@@ -19,8 +19,9 @@ from .baselines import RandomFeatures, untrained
 from .finetune import PROTOCOLS as TRAINED, finetune
 from .geobench import GeoBench, Images
 from .pretrain import latest
-from .probe import C_GRID, STAND_INS, Planes, features, image_statistics, probe, weights_hash
+from .probe import C_GRID, Planes, features, image_statistics, probe, weights_hash
 from .probe import PROTOCOLS as READERS
+from .samples import STAND_INS, nearest_band
 from .segment import MAP_PROTOCOLS, segment
 from .standin import eurosat_images
 from .weights import load_encoder
@@ -98,15 +99,15 @@ def cell_rows(task:Benched, encoder:nn.Module|None, method:str, fraction:float, 
     else:
         share = task.shares.get(fraction)
         parts = {s: p.take(share[s]) if share and s in share else p for s, p in task.parts.items()}
+        known = {b: (s['mean'], s['std']) for b, s in (task.stats or {}).items()}
+        stats = {b: known[nearest_band(b, known) or b] for b in encoder.contract.bands} if known else None
         if task.kind == 'segment':
             data = {s: (planes(p, encoder).read(slice(None))['sentinel2'], p.y, p.level or 'l2a') for s, p in parts.items()}
             if not share and fraction < 1: data['train'] = tuple(a[:max(1, round(fraction * len(parts['train'])))] if isinstance(a, np.ndarray) else a for a in data['train'])
-            rows = segment(encoder, data['train'], data['val'], dict(test=data['test']), task.classes, method, seed, epochs, device, progress, bands=encoder.contract.bands)
+            rows = segment(encoder, data['train'], data['val'], dict(test=data['test']), task.classes, method, seed, epochs, device, progress, bands=encoder.contract.bands, stats=stats)
         else:
             data = {s: (planes(p, encoder), p.y) for s, p in parts.items()}
-            known = {b: (s['mean'], s['std']) for b, s in (task.stats or {}).items()}
-            stats = {b: known[b if b in known else STAND_INS.get(b, b)] for b in encoder.contract.bands} if known else None
-            rows = finetune(encoder, data['train'], data['val'], dict(test=data['test']), task.kind, task.classes, method, seed, epochs, device, progress, stats=stats if method.endswith(('-paper', '-few')) else None,
+            rows = finetune(encoder, data['train'], data['val'], dict(test=data['test']), task.kind, task.classes, method, seed, epochs, device, progress, stats=stats,
                             fraction=1.0 if share else fraction, ids=parts['train'].ids)
     return rows.assign(task=task.name, fraction=fraction, partition=f'{fraction:.2f}x_train' if task.shares.get(fraction) else 'default' if fraction == 1 else f'nested-{fraction:g}')
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'LIMIT', 'STAND_INS', 'EUROSAT_ORDER', 'KILN_ORDER', 'Inert', 'inert', 'TameUnpickler', 'read_pickle',
-           'metadata', 'plain', 'write_pickle', 'undated', 's2_band', 'choose', 'misnamed', 'read_sample',
-           'check_label']
+           'metadata', 'as_numpy', 'write_pickle', 'undated', 's2_band', 'nearest_band', 'choose', 'misnamed',
+           'read_sample', 'check_label']
 
 # %% ../nbs/09a_samples.ipynb #imports
 import ast
@@ -97,13 +97,13 @@ def metadata(text, # attribute `pickle` of a sample
     if not isinstance(found, dict): raise StoreError(path, 'pickle', f'holds a {type(found).__name__} instead of a dict', 'download the sample again')
     return found
 
-# %% ../nbs/09a_samples.ipynb #plain
+# %% ../nbs/09a_samples.ipynb #as-numpy
 def _dtype(d:Inert)->np.dtype:
     "A dtype of plain numbers."
     if not re.fullmatch(r'[iufb][1248]', code := str(d.args[0])): raise ValueError(f'dtype {code[:20]!r}')
     return np.dtype(code).newbyteorder({'>': '>'}.get(d.state[1], '<') if isinstance(d.state, tuple) else '<')
 
-def plain(value):
+def as_numpy(value):
     "Numbers of numpy that a pickle carried; any other value as it is."
     kind = type(value).__name__ if isinstance(value, Inert) else ''
     if kind == 'scalar': return np.frombuffer(value.args[1], _dtype(value.args[0]), 1)[0]
@@ -148,12 +148,19 @@ def s2_band(name:str, # as the file spells it
 
 STAND_INS = dict(B1=('B2',), B6=('B7',), B9=('B8A', 'B8'), B8A=('B8',), B8=('B8A',))  # by wavelength; the first that there is
 
+def nearest_band(band:str, # wanted
+                 offered, # band names
+                 table:dict=STAND_INS, # band -> what may stand in for it
+                )->str|None: # None where there is none
+    "The band itself or, where it is missing, the first that can stand in for it."
+    return next((o for o in (band, *table.get(band, ())) if o in offered), None)
+
 def choose(wanted, # band names
            offered, # band names
            path='', # of the task, for the error
           )->tuple[list[int], dict[str, str]]: # positions among those offered; what stands in for what
     "Finds bands by name."
-    found = {b: next((o for o in (b, *STAND_INS.get(b, ())) if o in offered), None) for b in wanted}
+    found = {b: nearest_band(b, offered) for b in wanted}
     if lost := [b for b, o in found.items() if o is None]: raise StoreError(path, ', '.join(lost), 'no such band and none that could stand in', f'choose among {", ".join(offered)}')
     return [list(offered).index(found[b]) for b in wanted], {b: o for b, o in found.items() if b != o}
 
@@ -197,7 +204,7 @@ def read_sample(path, # HDF5 file
             keys = _keys(f)
             told = metadata(f.attrs.get('pickle'), path) | dict(stored=list(keys))
             if lost := [p for p in planes if p not in keys]: raise StoreError(path, lost[0], 'band missing', f'it has {", ".join(keys)}: download the sample again')
-            pixels, label = [_plane(f, keys[p]) for p in planes], _plane(f, keys['label']) if 'label' in keys else plain(told.get('label'))
+            pixels, label = [_plane(f, keys[p]) for p in planes], _plane(f, keys['label']) if 'label' in keys else as_numpy(told.get('label'))
     except FileNotFoundError: raise StoreError(path, '', 'missing', 'unpack the download again') from None
     except (OSError, RuntimeError, KeyError) as e: raise StoreError(path, '', f'not readable as HDF5 ({e})', 'it may be cut short: unpack the download again, or download it again') from e
     except (ValueError, TypeError, IndexError) as e:

@@ -18,8 +18,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 from .convnext import ConvNeXtV2
+from .finetune import Inputs, dataset_stats
 from .metrics import redrawn
-from .unet import PAPER, SOUND, Inputs, Scenes, UNetSettings, image_tables, macro_iou, padded, scenes, tables_of, train_unet
+from .probe import Planes
+from .unet import PAPER, SOUND, Scenes, UNetSettings, image_tables, macro_iou, padded, scenes, tables_of, train_unet
 
 # %% ../nbs/33_segment.ipynb #scores
 SCORES = {'macro_iou': macro_iou, 'macro_iou_all': lambda table: macro_iou(table, 'zero'),
@@ -176,6 +178,7 @@ def learn(encoder:ConvNeXtV2, # with a contract
           settings:UNetSettings|None=None, # of a U-Net; those of the protocol by default
           unit:str='reflectance x 10000', # of the images
           pixels:int=50_000, # training pixels that a linear reader is fitted on
+          stats:dict|None=None, # band -> (mean, std) of the dataset, for settings that scale by it; of `train` by default
          )->Learned:
     "The model of a protocol."
     if protocol not in MAP_PROTOCOLS: raise ValueError(f'unknown protocol {protocol!r}; there are {", ".join(MAP_PROTOCOLS)}')
@@ -186,9 +189,10 @@ def learn(encoder:ConvNeXtV2, # with a contract
         return Learned(model, inputs, float(log.C[log.macro_iou.idxmax()]), log)
     s = settings or (PAPER if protocol == 'unet-paper' else SOUND)
     if epochs: s = s.lasting(epochs)
-    inputs = Inputs(encoder.contract, bands, unit, s.swap_nir, train if s.task_stats else None)
+    if s.scale == 'dataset': stats = stats or dataset_stats(Planes(train.x, tuple(bands), unit=unit).arrange(encoder.contract.bands))
+    inputs = Inputs(encoder.contract, bands, unit, s.band_swap, stats if s.scale == 'dataset' else None)
     model, log = train_unet(encoder, inputs, train, val, classes, s, seed, device, progress)
-    return Learned(model, inputs, float(s.epochs - 1 if s.last_epoch else log.macro_iou.idxmax()), log)
+    return Learned(model, inputs, float(s.epochs - 1 if s.last_checkpoint else log.macro_iou.idxmax()), log)
 
 # %% ../nbs/33_segment.ipynb #segment
 def segment(encoder:ConvNeXtV2, # with a contract, from `load_encoder`; stays as it is
@@ -204,6 +208,7 @@ def segment(encoder:ConvNeXtV2, # with a contract, from `load_encoder`; stays as
             settings:UNetSettings|None=None, # of a U-Net; those of the protocol by default
             unit:str='reflectance x 10000', # of the images
             pixels:int=50_000, # training pixels that a linear reader is fitted on
+            stats:dict|None=None, # band -> (mean, std) of the dataset, for `unet-paper`; of `train` by default
             task:str='', run_id:str='', fraction:float=1., # copied into every row
            )->pd.DataFrame: # task, protocol, fraction, seed, split, metric, value, low, high, run_id, n_train, n_test, chosen
     "Scores of one protocol on every test split."
@@ -211,7 +216,7 @@ def segment(encoder:ConvNeXtV2, # with a contract, from `load_encoder`; stays as
     bands = bands or getattr(train, 'bands', None) or encoder.contract.bands
     train, val, tests = scenes(train, count, 'train'), None if val is None else scenes(val, count, 'val'), {name: scenes(part, count, name) for name, part in tests.items()}
     if not tests: raise ValueError('segment: no test split given')
-    learned, rows = learn(encoder, train, val, count, bands, protocol, seed, epochs, device, progress, settings, unit, pixels), []
+    learned, rows = learn(encoder, train, val, count, bands, protocol, seed, epochs, device, progress, settings, unit, pixels, stats), []
     for split, part in tests.items():
         tables = tables_of(learned.model, learned.inputs, part, count, device=device, bar=split if progress else None)
         rows += [dict(task=task, protocol=protocol, fraction=fraction, seed=seed, split=split, **score, run_id=run_id, n_train=len(train.x), n_test=len(part.x), chosen=learned.chosen)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'WeightsError', 'Contract', 'plain', 'file_hash', 'save_weights', 'read_contract', 'load_into', 'load_model',
-           'load_encoder', 'encode']
+           'load_encoder', 'prepared', 'encode']
 
 # %% ../nbs/16_weights.ipynb #imports
 import hashlib, json, math, os, shutil
@@ -149,6 +149,26 @@ def load_encoder(folder:Path)->ConvNeXtV2:
 # %% ../nbs/16_weights.ipynb #encode
 UNITS = {'reflectance x 10000': 1., 'reflectance': 10_000.}  # factor to stored numbers
 
+def prepared(contract:Contract, # of an encoder
+             x:Tensor, # (N, C, H, W) stored numbers or reflectance
+             bands:tuple[str, ...]|None=None, # names of the C planes, the encoder's own by default
+             level:str='l2a', # processing level, 'l1c' or 'l2a', of all images or one for each
+             unit:str='reflectance x 10000', # or 'reflectance'
+            )->Tensor: # (N, bands, H, W) z-scored, 0 where nothing was measured
+    "Raw images as the contract says that its encoder wants them."
+    x, names = torch.as_tensor(x).float(), contract.bands if bands is None else tuple(bands)
+    if x.ndim != 4 or x.shape[1] != len(names) or len(set(names)) < len(names):
+        raise WeightsError(f'images of shape {tuple(x.shape)} do not fit {len(names)} band names ({", ".join(names)}); (N, C, H, W) with one name per plane in `bands` is needed')
+    if unit not in UNITS: raise WeightsError(f'unit must be one of {", ".join(map(repr, UNITS))}, not {unit!r}')
+    levels = [str(l).lower() for l in ([level] * len(x) if isinstance(level, str) else level)]
+    for l in set(levels):
+        if f'sentinel2_{l}' not in contract.stats: raise WeightsError(f'the contract has no statistics for level {l!r}; it has {", ".join(contract.stats)}')
+    at = select(contract.bands, names, 'the encoder needs all its bands, and the given image')
+    if at != list(range(len(names))): x = x[:, at]
+    if UNITS[unit] != 1: x = x * UNITS[unit]
+    scale = Scale(contract.stats, dict(sentinel2=contract.bands), dict(sentinel2=contract.bands)).to(x.device)
+    return decode(dict(sentinel2=x), levels, scale, device=x.device)['sentinel2']
+
 @torch.no_grad()
 def encode(encoder:ConvNeXtV2, # with a contract, from `load_encoder`
            x:Tensor, # (N, C, H, W) stored numbers or reflectance
@@ -157,14 +177,4 @@ def encode(encoder:ConvNeXtV2, # with a contract, from `load_encoder`
            unit:str='reflectance x 10000', # or 'reflectance'
           )->Tensor: # (N, F, H/patch, W/patch)
     "Features of raw images, prepared as the contract says."
-    c, x = encoder.contract, torch.as_tensor(x).float()
-    names = c.bands if bands is None else tuple(bands)
-    if x.ndim != 4 or x.shape[1] != len(names) or len(set(names)) < len(names):
-        raise WeightsError(f'images of shape {tuple(x.shape)} do not fit {len(names)} band names ({", ".join(names)}); (N, C, H, W) with one name per plane in `bands` is needed')
-    if unit not in UNITS: raise WeightsError(f'unit must be one of {", ".join(map(repr, UNITS))}, not {unit!r}')
-    levels = [level.lower()] * len(x) if isinstance(level, str) else [str(l) for l in level]
-    for l in set(levels):
-        if f'sentinel2_{l}' not in c.stats: raise WeightsError(f'the contract has no statistics for level {l!r}; it has {", ".join(c.stats)}')
-    scale = Scale(c.stats, dict(sentinel2=c.bands), dict(sentinel2=c.bands)).to(x.device)
-    raw = dict(sentinel2=x[:, select(c.bands, names, 'the encoder needs all its bands, and the given image')] * UNITS[unit])
-    return encoder(decode(raw, levels, scale, device=x.device)['sentinel2'])
+    return encoder(prepared(encoder.contract, x, bands, level, unit))

@@ -1,16 +1,40 @@
-"What several tests share: the real data beside the repository, a small synthetic store, an invented EuroSAT."
+"What several tests share: the real data beside the repository, a small synthetic store, an invented EuroSAT, a damaged chunk, figures that are closed."
 import io
 import os
+import sys
 import zipfile
 from pathlib import Path
 
+import h5py
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from mmearth.eurosat import EUROSAT_CLASSES
+from mmearth.store import Store
 from mmearth.synthetic import write_store
+
+matplotlib.use('agg')
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left():
+    "Closes what a test has drawn."
+    yield
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
+
+
+@pytest.fixture(scope='session')
+def break_chunk():
+    "A function that writes over the chunk of a row in an HDF5 file."
+    def broken(path, key, row, byte=b'\xff'):
+        with h5py.File(path) as f: chunk = f[key].id.get_chunk_info_by_coord((row,) + (0,) * (f[key].ndim - 1))
+        with open(path, 'r+b') as f:
+            f.seek(chunk.byte_offset)
+            f.write(byte * chunk.size)
+    return broken
 
 
 @pytest.fixture(scope='session')
@@ -21,10 +45,18 @@ def shared():
     return path
 
 
+@pytest.fixture(scope='module')
+def mini(shared): return Store(shared / 'data_mini_v001_64')
+
+
 @pytest.fixture(scope='session')
 def tiny_store(tmp_path_factory):
     "Folder of a synthetic store of 24 tiles of 64 pixels; copy it before changing it."
     return write_store(tmp_path_factory.mktemp('store') / 'tiny', n=24, size=64, seed=3)
+
+
+@pytest.fixture
+def tiny(tiny_store): return Store(tiny_store)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from mmearth import atlas
 from mmearth.inspect import inspect
@@ -17,12 +16,6 @@ PAGE = (atlas.months, atlas.levels, atlas.land_cover, atlas.biome_counts, atlas.
 
 @pytest.fixture(scope='module')
 def report(tiny_store): return inspect(Store(tiny_store))
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close('all')
 
 
 @pytest.mark.parametrize('draw', PAGE, ids=lambda f: f.__name__)

@@ -18,7 +18,7 @@ RUNS = repo_root() / 'nbs' / 'runs'
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp('standin')
-    write_standin(root, 160, tasks=('standin-scene', 'standin-climate', 'standin-covers'))
+    write_standin(root, 160, tasks=('standin-scene', 'standin-climate', 'standin-covers', 'standin-land'))
     return root
 
 
@@ -88,6 +88,17 @@ def test_the_paper_scales_a_stood_in_band_by_what_stands_in(root):
     encoder = untrained(planes(scene.parts['train'], None), size='pico-test', bands=[b for b in scene.parts['train'].bands if b != 'B10'])
     rows = cell_rows(task, encoder, 'linear-paper-few', 1.0, 0, epochs=1)
     assert set(rows.protocol) == {'linear-paper-few'} and rows.value.between(0, 1).all()
+
+
+def test_published_protocols_scale_by_what_the_task_says_and_others_do_not(root, monkeypatch):
+    seen = []
+    monkeypatch.setattr('mmearth.benchmark.finetune', lambda *a, **k: seen.append(k['stats']) or pd.DataFrame(dict(value=[0.])))
+    monkeypatch.setattr('mmearth.benchmark.segment', lambda *a, **k: seen.append(k['stats']) or pd.DataFrame(dict(value=[0.])))
+    for name, method in (('standin-scene', 'finetune-paper'), ('standin-land', 'unet-paper')):
+        task = open_task(GeoBench(root, name), 12)
+        encoder = untrained(planes(task.parts['train'], None), size='pico-test', bands=('B4', 'B3', 'B2'))
+        cell_rows(task, encoder, method, 1.0, 0)
+        assert seen[-1] == {b: (task.stats[b]['mean'], task.stats[b]['std']) for b in ('B4', 'B3', 'B2')}
 
 
 def test_what_does_not_fit_is_refused(scene, tmp_path):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -149,16 +148,13 @@ def test_card_and_verify_of_a_data_folder(tmp_path):
     assert 'data_1M_v001_64_splits.json' in call('verify', tmp_path, code=1)
 
 
-def test_verify_says_what_it_looked_at_and_refuses_what_it_cannot_judge(store, tmp_path):
+def test_verify_says_what_it_looked_at_and_refuses_what_it_cannot_judge(store, tmp_path, break_chunk):
     assert 'no such folder' in call('verify', tmp_path / 'nowhere', code=1)
     (tmp_path / 'empty').mkdir()
     assert 'no pack, no store' in call('verify', tmp_path / 'empty', code=1)
     assert 'all 24 tiles of' in call('verify', store, '--no-progress')
     file = next(store.glob('*.h5'))
-    with h5py.File(file) as f: where = f['aster'].id.get_chunk_info_by_coord((5, 0, 0, 0))
-    with open(file, 'r+b') as f:
-        f.seek(where.byte_offset)
-        f.write(b'\xff' * where.size)
+    break_chunk(file, 'aster', 5)
     assert 'aster, row 5: cannot read' in call('verify', store, '--no-progress', code=1)
     os.truncate(file, file.stat().st_size // 2)
     assert file.name in call('verify', store, '--no-progress', code=1)

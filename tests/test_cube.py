@@ -5,7 +5,6 @@ import shutil
 import warnings
 
 import h5py
-import matplotlib
 import numpy as np
 import pytest
 import rasterio
@@ -19,14 +18,7 @@ from mmearth.cube import Bounds, describe, georeference, open_cube, plot, tile_b
 from mmearth.modalities import MODALITIES, modality, valid
 from mmearth.store import Store, StoreError
 
-matplotlib.use('agg')
 PIXELS = [k for k, m in MODALITIES.items() if m.level == 'pixel']
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    layers.plt.close('all')
 
 
 @pytest.fixture(scope='module')

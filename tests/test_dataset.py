@@ -26,14 +26,6 @@ SCL = {c: c for c in range(12)}
 CODES = dict(dynamic_world=DW, esa_worldcover=WC, sentinel2_scl=SCL)
 
 
-@pytest.fixture(scope='module')
-def mini(shared): return Store(shared / 'data_mini_v001_64')
-
-
-@pytest.fixture
-def tiny(tiny_store): return Store(tiny_store)
-
-
 def wanted_of(store, names=None): return {k: modality(k).train_bands for k in (names or store.modalities)}
 
 

@@ -2,21 +2,12 @@
 import json
 from contextlib import chdir
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 
 from mmearth import figures as f
 from mmearth.modalities import TASKS
-
-matplotlib.use('agg')
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    f.plt.close('all')
 
 
 def titles(fig): return [a.get_title() for a in fig.axes]

@@ -1,6 +1,7 @@
 "Fine-tuning: every oddity of the published code alone, and what must not happen."
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,14 +42,17 @@ class Recorder:
             for p in g['params']: p.grad = None
 
 
+def inputs_of(encoder, protocol, images): return f.Inputs(encoder.contract, band_swap=protocol.band_swap, stats=f.dataset_stats(images) if protocol.scale == 'dataset' else None)
+
+
 def run(encoder, protocol, n=30, epochs=1):
     "Gradients and rates of the updates of some epochs, nothing learned."
     images, y = data(n, 0)
     torch.manual_seed(0)
     model = f.Classifier(encoder, 3, protocol)
     model.train()
-    recorder, inputs, generator = Recorder(f.layer_groups(model)), f.Inputs(encoder, protocol, images), torch.Generator().manual_seed(0)
-    for epoch in range(epochs): f._one_epoch(model, recorder, epoch, lambda rows: inputs.batch(images, rows), model, torch.tensor(y), generator, range(n), tqdm(disable=True))
+    recorder, inputs, generator = Recorder(model.groups()), inputs_of(encoder, protocol, images), torch.Generator().manual_seed(0)
+    for epoch in range(epochs): f._one_epoch(model, recorder, epoch, lambda rows: inputs(images, rows), model, torch.tensor(y), generator, range(n), tqdm(disable=True))
     return recorder, model
 
 
@@ -78,7 +82,7 @@ def test_layers_as_published_and_right(encoder):
         if i: theirs[f'stages.{i}.downsample.1.weight'] = f'downsample_layers.{i - 1}.1.weight'
     for ours, name in theirs.items(): assert f.layer_id('encoder.' + ours, depths, 'published') == published_layer(name, depths), ours
     for i in range(1, 4): assert f.layer_id(f'encoder.stages.{i}.downsample.0.weight', depths) == f.layer_id(f'encoder.stages.{i}.blocks.0.norm.weight', depths)
-    groups = f.layer_groups(f.Classifier(encoder, 3, f.Protocol(weight_decay=0.3)))
+    groups = f.Classifier(encoder, 3, f.Protocol(weight_decay=0.3)).groups()
     assert all((g['weight_decay'] == 0.3) == all(p.ndim > 1 for p in g['params']) for g in groups)
     assert max(g['scale'] for g in groups) == 1 and min(g['scale'] for g in groups) == pytest.approx(0.9 ** 5)
 
@@ -96,10 +100,44 @@ def test_unpadded_maps_are_those_of_the_dense_network(patch, side, places):
 
 def test_bands_are_swapped_and_nothing_else(encoder):
     images, _ = data(6, 0)
-    right, swapped = (f.Inputs(encoder, replace(PLAIN, band_swap=s), images).batch(images, np.arange(6)) for s in (False, True))
+    right, swapped = (inputs_of(encoder, replace(PLAIN, band_swap=s), images)(images, np.arange(6)) for s in (False, True))
     assert torch.equal(swapped, right[:, [0, 1, 3, 2]])
     x = images.x.astype(float)
     assert np.allclose(right, (x - x.mean((0, 2, 3))[:, None, None]) / x.std((0, 2, 3))[:, None, None], atol=1e-4)
+
+
+def test_a_dataset_of_two_levels_has_one_mean_and_spread_of_what_was_measured():
+    images, _ = data(6, 0)
+    x = images.x.copy()
+    x[2, :, :3] = 0  # not measured
+    found = f.dataset_stats(Planes(x, NAMES, ['l1c', 'l2a'] * 3))
+    for band, (mean, std) in found.items():
+        measured = x[:, NAMES.index(band)][x[:, NAMES.index(band)] > 0].astype(float)
+        assert (mean, std) == pytest.approx((measured.mean(), measured.std()), rel=1e-12)
+    assert list(found) == list(NAMES)
+    for (mean, std), (m, s) in zip(found.values(), f.dataset_stats(Planes(x / 10_000, NAMES, unit='reflectance')).values()): assert (mean, std) == pytest.approx((m, s), rel=1e-5)
+
+
+def test_images_of_other_order_and_unit_give_the_same_input(encoder):
+    images, _ = data(6, 0)
+    for stats in (None, f.dataset_stats(images)):
+        want = f.Inputs(encoder.contract, stats=stats)(images, [4, 1])
+        other = SimpleNamespace(x=images.x[:, ::-1].astype('float32') / 10_000, level='L2A')
+        assert torch.allclose(f.Inputs(encoder.contract, NAMES[::-1], 'reflectance', stats=stats)(other, [4, 1]), want, atol=1e-4)
+    with pytest.raises(ValueError, match='do not fit 3 names'): f.Inputs(encoder.contract)(Planes(images.x, NAMES[:3]), [0])
+    with pytest.raises(ValueError, match='do not fit 4 names'): f.Inputs(encoder.contract)(SimpleNamespace(x=images.x[:, :2], level='l2a'), [0])
+
+
+@pytest.mark.parametrize('side, ways', [((5, 5), 8), ((5, 7), 4)])
+def test_turned_is_what_numpy_turns(side, ways):
+    x = torch.randn(16, 2, *side)
+    which = torch.arange(16) % 8
+    found, seen = f.turned(x, which), set()
+    for image, k, got in zip(x.numpy(), which.tolist(), found.numpy()):
+        want = np.rot90(image[..., ::-1] if k & 4 else image, k & 3 if side[0] == side[1] else k & 2, (-2, -1))
+        assert np.array_equal(got, want)
+    for got in f.turned(torch.arange(1. * math.prod(side)).view(1, *side).repeat(8, 1, 1), torch.arange(8)): seen.add(tuple(got.flatten().tolist()))
+    assert len(seen) == ways
 
 
 def test_a_frozen_encoder_in_training_mode_is_noisy(encoder):
@@ -201,3 +239,7 @@ def test_bad_input_is_named(encoder):
     x[7, 1, 2, 2] = np.nan
     with pytest.raises(f.Diverged, match='epoch 1, update .* img7'): call(t=(x, train[1]), bands=NAMES, ids=[f'img{i}' for i in range(20)], stats={b: (900, 300) for b in NAMES})
     with pytest.raises(KeyError, match='stats has no band B8'): call(stats={b: (900, 300) for b in NAMES[:3]})
+    x = train[0].x.copy()
+    x[:, 1] = 800
+    with pytest.raises(ValueError, match='band B4 of the dataset has mean 800 and spread 0'): call(t=(x, train[1]), bands=NAMES)
+    with pytest.raises(ValueError, match='spread nan; a band that is constant or not finite'): call(stats={b: (900, math.nan) for b in NAMES})

@@ -20,7 +20,7 @@ from mmearth import geobench, samples
 from mmearth.geobench import GEOBENCH, GeoBench, available, declared, pack_task, select
 from mmearth.index import StoreError
 from mmearth.manifest import read_manifest
-from mmearth.samples import Inert, choose, metadata, misnamed, plain, read_pickle, read_sample, s2_band, write_pickle
+from mmearth.samples import Inert, as_numpy, choose, metadata, misnamed, read_pickle, read_sample, s2_band, write_pickle
 
 S2 = ['01 - Coastal aerosol', '02 - Blue', '03 - Green', '04 - Red', '05 - Vegetation Red Edge', '06 - Vegetation Red Edge', '07 - Vegetation Red Edge', '08 - NIR',
       '08A - Vegetation Red Edge', '09 - Water vapour', '10 - SWIR - Cirrus', '11 - SWIR', '12 - SWIR']
@@ -147,7 +147,7 @@ def test_tame_pickles_of_every_protocol(protocol, dataset):
     assert isinstance(told['band'], Inert) and told['band'].get('alt_names') == ('2', 'blue') and type(told['band']) is not type(band)
     if protocol > 2:
         for number in (np.int64(-7), np.float32(.5), np.bool_(True), np.uint8(255), np.arange(12).reshape(3, 4), np.arange(12.).reshape(3, 4).T, np.array([0, 1, 1], bool), np.arange(3, dtype='>i2')):
-            got = plain(read_pickle(pickle.dumps(number, protocol), ''))
+            got = as_numpy(read_pickle(pickle.dumps(number, protocol), ''))
             assert np.array_equal(got, number) and np.dtype(got.dtype).newbyteorder('=') == number.dtype.newbyteorder('=')
 
 

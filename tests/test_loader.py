@@ -114,14 +114,11 @@ def test_an_error_surfaces_at_its_step_with_the_file_and_the_loader_goes_on(tiny
         assert 7 in loader.batch(bad[0]).rows
 
 
-def test_real_damage_in_a_thread_names_the_file(tiny_store, tmp_path):
+def test_real_damage_in_a_thread_names_the_file(tiny_store, tmp_path, break_chunk):
     import shutil
     shutil.copytree(tiny_store, tmp_path / 'store')
     bad = Store(tmp_path / 'store')
-    with h5py.File(bad.path, 'r') as f: where = f['sentinel2'].id.get_chunk_info_by_coord((11, 0, 0, 0))
-    with open(bad.path, 'r+b') as f:
-        f.seek(where.byte_offset)
-        f.write(b'\xff' * where.size)
+    break_chunk(bad.path, 'sentinel2', 11)
     with Loader(bad, batch=24, modalities=['sentinel2']) as loader, pytest.raises(StoreError, match=r'\.h5: sentinel2: cannot read rows .11.'): loader.batch(0)
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import h5py
 import numpy as np
 import pytest
 import xarray as xr
@@ -158,13 +157,10 @@ def test_too_little_room_is_said_before_anything_is_read(store, tmp_path, monkey
     assert not list(tmp_path.iterdir())  # so that fewer can be chosen for the same folder
 
 
-def test_a_bad_source_names_its_file_and_finished_chunks_stay(tiny_store, store, packed, tmp_path):
+def test_a_bad_source_names_its_file_and_finished_chunks_stay(tiny_store, store, packed, tmp_path, break_chunk):
     shutil.copytree(tiny_store, tmp_path / 'store')
     bad = Store(tmp_path / 'store')
-    with h5py.File(bad.path, 'r') as f: where = f['sentinel1'].id.get_chunk_info_by_coord((15, 0, 0, 0))
-    with open(bad.path, 'r+b') as f:
-        f.seek(where.byte_offset)
-        f.write(b'\xff' * where.size)
+    break_chunk(bad.path, 'sentinel1', 15)
     with pytest.raises(StoreError, match='sentinel1.*cannot read rows .15.'): pack(bad, tmp_path / 'pack', samples=10)
     assert (tmp_path / 'pack' / 'sentinel1' / 'c.0.0.0.0').exists() and not (tmp_path / 'pack' / 'zarr.json').exists()
 

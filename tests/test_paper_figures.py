@@ -1,7 +1,6 @@
 "The paper's figures draw what they are given, say what is missing, and refuse what cannot be drawn."
 import json
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,15 +9,7 @@ from mmearth import paper_figures as f
 from mmearth.atlas import paper_months
 from mmearth.modalities import TASKS, modality
 from mmearth.report import repo_root
-from mmearth.tables import GRIDS, SETTING, paper_numbers
-
-matplotlib.use('agg')
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    f.plt.close('all')
+from mmearth.tables import GRIDS, paper_numbers
 
 
 @pytest.fixture(scope='module')

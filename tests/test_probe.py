@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from mmearth import probe as p
+from mmearth.samples import STAND_INS
 
 
 def blobs(n, seed, classes=4, width=16):
@@ -217,10 +218,13 @@ def test_planes():
     x = np.random.default_rng(0).random((4, 3, 8, 8)).astype('float32')
     data = p.Planes(x, ('B2', 'B4', 'B8A'), level=['l2a', 'l1c', 'l2a', 'l2a'], unit='reflectance')
     assert np.allclose(data.read([2])['sentinel2'], 10_000 * x[[2]]) and data.levels.tolist()[1] == 'l1c' and len(data) == 4
-    wide = data.arrange(('B9', 'B4', 'B2'), p.STAND_INS)
+    wide = data.arrange(('B9', 'B4', 'B2'), STAND_INS)
     assert np.allclose(wide.read([0])['sentinel2'], 10_000 * x[[0]][:, [2, 1, 0]]) and wide.bands() == ('B9', 'B4', 'B2')
     assert np.allclose(wide.arrange(('B2', 'B9')).read([0])['sentinel2'], 10_000 * x[[0]][:, [0, 2]])
     with pytest.raises(KeyError, match='B9'): data.arrange(('B9',))
+    with pytest.raises(KeyError, match='B11'): data.arrange(('B11',), STAND_INS)
+    other = p.Planes(x, ('B2', 'B4', 'B8')).arrange(('B8A', 'B9', 'B1'), STAND_INS)  # neither B8A nor B9: what is nearest
+    assert np.array_equal(other.read([0])['sentinel2'], x[[0]][:, [2, 2, 0]])
     with pytest.raises(ValueError, match='unit must be'): p.Planes(x, ('B2', 'B4', 'B8A'), unit='percent')
 
 

@@ -249,17 +249,13 @@ def test_another_plan_or_another_file_begins_anew(source, tmp_path):
 
 
 @pytest.mark.parametrize('wrong', ['no splits', 'tile information cut short', 'a damaged chunk', 'a row too many'])
-def test_a_refusal_leaves_nothing(source, tmp_path, wrong):
+def test_a_refusal_leaves_nothing(source, tmp_path, wrong, break_chunk):
     root = tmp_path / 'shelf'
     root.mkdir()
     for p in source.paths.values(): (root / p.name).write_bytes(p.read_bytes())
     if wrong == 'no splits': (root / source.paths['splits'].name).unlink()
     if wrong == 'tile information cut short': os.truncate(root / source.paths['tile_info'].name, 1000)
-    if wrong == 'a damaged chunk':
-        c = source.file['sentinel2'].id.get_chunk_info_by_coord((5, 0, 0, 0))
-        with (root / source.path.name).open('r+b') as f:
-            f.seek(c.byte_offset)
-            f.write(b'\xff' * c.size)
+    if wrong == 'a damaged chunk': break_chunk(root / source.path.name, 'sentinel2', 5)
     server = serve(root)
     with pytest.raises((StoreError, IndexError)): fetch(url(server, source), tmp_path / 'new' / 'folder' / 'x', rows=[5, 90] if wrong == 'a row too many' else [5], progress=False, **FAST)
     assert [p.name for p in tmp_path.iterdir()] == ['shelf']

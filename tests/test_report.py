@@ -3,15 +3,12 @@ import json
 from contextlib import chdir
 from pathlib import Path
 
-import matplotlib
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 from mmearth import report
-
-matplotlib.use('agg')
 
 
 @pytest.fixture
@@ -141,7 +138,6 @@ def test_large_figures_are_reduced_then_refused(repo):
     fig, ax = plt.subplots(figsize=(12, 12))
     ax.imshow(rng.random((1800, 1800, 3)))
     with pytest.raises(ValueError, match='make the figure smaller'): keep.figure('noise', fig)
-    plt.close('all')
 
 
 def test_command_line_reads_types(repo):

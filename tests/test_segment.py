@@ -11,12 +11,13 @@ from sklearn.metrics import jaccard_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mmearth import segment, unet
+from mmearth import finetune, segment, unet
 from mmearth.convnext import SIZES, ConvNeXtV2
 from mmearth.pretrain import Diverged
+from mmearth.probe import Planes
 from mmearth.weights import Contract, WeightsError
 
-m = SimpleNamespace(**{**vars(unet), **vars(segment)})
+m = SimpleNamespace(**{**vars(finetune), **vars(unet), **vars(segment)})
 
 BANDS = ('B2', 'B3', 'B4', 'B8', 'B8A')  # as the images have them
 OWN = ('B2', 'B3', 'B4', 'B8A', 'B8')  # as the encoder wants them
@@ -104,8 +105,8 @@ def test_bad_parts_are_refused_by_name(change, told):
 def test_parts_may_be_objects_or_tuples():
     part = fields(4)
     thing = SimpleNamespace(x=part.x, y=part.y, level=np.array(['l2a', 'l1c', 'l2a', 'l2a']), bands=BANDS, classes=('a', 'b', 'c'))
-    assert m.scenes(thing, 3).levels([1, 0]) == ['l1c', 'l2a'] and m.scenes(thing, 3).blocks is None
-    assert m.scenes((part.x, part.y), 3).levels([0]) == 'l2a'
+    assert m.scenes(thing, 3).level[:2].tolist() == ['l2a', 'l1c'] and m.scenes(thing, 3).blocks is None
+    assert m.scenes((part.x, part.y), 3).level == 'l2a'
 
 
 def test_inputs_pick_bands_by_name_and_scale_by_the_contract():
@@ -119,33 +120,38 @@ def test_inputs_pick_bands_by_name_and_scale_by_the_contract():
     assert np.allclose(x, expected, atol=1e-4)
 
 
-def test_swap_nir_exchanges_two_planes_and_nothing_else():
+def test_band_swap_exchanges_two_planes_and_nothing_else():
     part, c = fields(3), make_encoder().contract
-    sound, swapped = m.Inputs(c, BANDS), m.Inputs(c, BANDS, swap_nir=True)
-    turned = part._replace(x=part.x[:, [0, 1, 2, 4, 3]])
-    assert torch.equal(swapped(part, [0]), sound(turned, [0])) and not torch.equal(swapped(part, [0]), sound(part, [0]))
+    for stats in (None, m.dataset_stats(Planes(part.x, BANDS))):
+        sound, swapped = (m.Inputs(c, BANDS, band_swap=s, stats=stats)(part, [0]) for s in (False, True))
+        assert torch.equal(swapped, sound[:, [0, 1, 2, 4, 3]]) and not torch.equal(swapped, sound)
     rgb = make_encoder(bands=('B4', 'B3', 'B2')).contract
-    assert m.Inputs(rgb, BANDS, swap_nir=True).planes == m.Inputs(rgb, BANDS).planes
+    assert m.Inputs(rgb, BANDS, band_swap=True).order == m.Inputs(rgb, BANDS).order == [0, 1, 2]
 
 
 def test_task_stats_are_those_of_the_training_images():
     part, c = fields(70), make_encoder().contract
-    x = m.Inputs(c, BANDS, scale_by=part)(part, [1, 69]).numpy()
+    x = m.Inputs(c, BANDS, stats=m.dataset_stats(Planes(part.x, BANDS)))(part, [1, 69]).numpy()
     raw = part.x[:, [0, 1, 2, 4, 3]].astype(float)
     expected = (raw - raw.mean((0, 2, 3), keepdims=True)) / raw.std((0, 2, 3), keepdims=True)
     assert np.allclose(x, expected[[1, 69]], atol=1e-4)
+    published = m.learn(make_encoder(), part, None, 3, BANDS, 'unet-paper', epochs=1, progress=False)
+    assert np.array_equal(published.inputs(part, [1, 69]).numpy(), x[:, [0, 1, 2, 4, 3]])
+    told = {b: (900 + i, 300 + i) for i, b in enumerate(BANDS)}
+    given = m.learn(make_encoder(), part, None, 3, BANDS, 'unet-paper', epochs=1, progress=False, stats=told)
+    assert given.inputs.stats == told and m.learn(make_encoder(), part, part, 3, BANDS, 'unet', epochs=1, progress=False, stats=told).inputs.stats is None
     flat = part._replace(x=part.x.copy())
     flat.x[:, 3] = 7
-    with pytest.raises(ValueError, match='band B8 of the training images is constant'): m.Inputs(c, BANDS, scale_by=flat)
-    hole = part._replace(x=part.x.astype('float32'))
+    with pytest.raises(ValueError, match='band B8 of the dataset has mean 7 and spread 0'): m.learn(make_encoder(), flat, None, 3, BANDS, 'unet-paper', progress=False)
+    hole = part._replace(x=part.x[:32].astype('float32'), y=part.y[:32])
     hole.x[5, 1, 3, 3] = np.nan
-    with pytest.raises(ValueError, match='band B3 .* not finite'): m.Inputs(c, BANDS, scale_by=hole)
+    with pytest.raises(Diverged, match='update 1: .* training images .*5'): m.learn(make_encoder(), hole, None, 3, BANDS, 'unet-paper', progress=False)
 
 
 def test_images_that_do_not_fit_the_encoder_are_refused():
     part, c = fields(3), make_encoder().contract
     with pytest.raises(KeyError, match="no band 'B8A'"): m.Inputs(c, BANDS[:-1])
-    with pytest.raises(ValueError, match='images have 4 planes, 5 band names'): m.Inputs(c, BANDS)(part._replace(x=part.x[:, :4]), [0])
+    with pytest.raises(ValueError, match='do not fit 5 names'): m.Inputs(c, BANDS)(part._replace(x=part.x[:, :4]), [0])
     with pytest.raises(WeightsError, match="no statistics for level 'l1c'"): m.Inputs(c, BANDS)(part._replace(level='l1c'), [0])
 
 
@@ -228,7 +234,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 def test_published_settings_and_their_schedule():
     s = m.PAPER
     assert (s.epochs, s.frozen, s.batch, s.accumulate, s.smoothing, s.weight_decay, s.layer_decay, s.drop_path) == (200, 50, 8, 4, 0, 0.3, 0.9, 0.1)
-    assert s.peak == pytest.approx(1.25e-3) and s.min_lr == 1e-6
+    assert s.lr == pytest.approx(1.25e-3) and s.min_lr == 1e-6
     short = replace(s, epochs=3, frozen=1)
     _, log = m.train_unet(make_encoder(), m.Inputs(make_encoder().contract, BANDS), fields(80), None, 3, short, progress=False)
     at = (np.arange(3) * 10 + 4) / 10 / 3  # ten batches of 8 an epoch; the second update begins at batch 4
@@ -237,7 +243,7 @@ def test_published_settings_and_their_schedule():
 
 def trained(n=32, seed=0, encoder=None, val=None, **switches):
     encoder = encoder or make_encoder()
-    settings = replace(m.PAPER, epochs=1, frozen=0, accumulate=2, task_stats=False, swap_nir=False) if not switches.get('of') else switches.pop('of')
+    settings = replace(m.PAPER, epochs=1, frozen=0, accumulate=2, scale='contract', band_swap=False) if not switches.get('of') else switches.pop('of')
     return m.train_unet(encoder, m.Inputs(encoder.contract, BANDS), fields(n), val, 3, replace(settings, **switches), seed, progress=False)
 
 
@@ -279,44 +285,45 @@ def test_layer_decay_acts_only_without_the_plain_encoder():
     assert not same(state(trained(layer_decay=0.9, plain_encoder=False)[0]), state(trained(layer_decay=0.1, plain_encoder=False)[0]))
 
 
-def test_last_epoch_or_the_best():
+def test_last_checkpoint_or_the_best():
     val = fields(8, seed=9)
-    last, log = trained(epochs=4, last_epoch=True, blr=0.3)
-    best, log = trained(epochs=4, last_epoch=False, val=val, blr=0.3)
+    last, log = trained(epochs=4, last_checkpoint=True, blr=0.3)
+    best, log = trained(epochs=4, last_checkpoint=False, val=val, blr=0.3)
     inputs = m.Inputs(make_encoder().contract, BANDS)
     def score(net): return m.macro_iou(m.tables_of(net, inputs, val, 3).sum(0))
     assert score(best) == pytest.approx(log.macro_iou.max()) and score(last) == pytest.approx(log.macro_iou.iloc[-1])
-    with pytest.raises(ValueError, match='validation images are needed'): trained(last_epoch=False)
+    with pytest.raises(ValueError, match='validation images are needed'): trained(last_checkpoint=False)
 
 
 def test_the_best_epoch_is_put_back(monkeypatch):
     seen, said = [], iter([0.1, 0.9, 0.2, 0.9])
     monkeypatch.setattr(unet, 'tables_of', lambda model, *_, **__: seen.append(state(model)) or np.zeros((1, 3, 3)))
     monkeypatch.setattr(unet, 'macro_iou', lambda table: next(said))
-    best, log = trained(epochs=4, last_epoch=False, val=fields(8))
+    best, log = trained(epochs=4, last_checkpoint=False, val=fields(8))
     assert same(state(best), seen[1]) and not same(seen[1], seen[3]) and log.macro_iou.tolist() == [0.1, 0.9, 0.2, 0.9]
 
 
-def test_drop_last():
+def test_drop_leftover():
     rng, s = np.random.default_rng(0), replace(m.PAPER, batch=4, accumulate=3)
     for n, updates in ((12, 1), (23, 1), (27, 2)):
-        dropped, kept = m.epoch_batches(n, s, rng), m.epoch_batches(n, replace(s, drop_last=False), rng)
+        dropped, kept = (m.updates_of(rng.permutation(n), replace(s, drop_leftover=d)) for d in (True, False))
         assert [[len(b) for b in u] for u in dropped] == [[4] * 3] * updates
         rows = np.concatenate([b for u in kept for b in u])
         assert sorted(rows) == list(range(n)) and max(len(u) for u in kept) <= 3
-    with pytest.raises(ValueError, match='11 training images do not fill one update of 4 x 3'): m.epoch_batches(11, s, rng)
+    with pytest.raises(ValueError, match='11 images are less than one update of 4 x 3'): trained(11, batch=4, accumulate=3)
 
 
 def test_augmentation_turns_images_with_their_labels():
     rng = np.random.default_rng(0)
     for h, w, ways in ((4, 4, 8), (4, 6, 4)):
         y = torch.arange(h * w).view(1, h, w).repeat(200, 1, 1)
-        x, z = m.turned(torch.stack([y, -y], 1).float(), y, rng)
+        which = m.drawn_turns(200, h == w, rng)
+        x, z = m.turned(torch.stack([y, -y], 1).float(), which), m.turned(y, which)
         assert torch.equal(x[:, 0].long(), z) and torch.equal(x[:, 1].long(), -z) and len({tuple(t.ravel().tolist()) for t in z}) == ways
     assert not same(state(trained(augment=True)[0]), state(trained(augment=False)[0]))
 
 
-@pytest.mark.parametrize('bad', [dict(epochs=0), dict(batch=0), dict(frozen=201), dict(frozen=-1), dict(blr=0.), dict(blr=float('nan'))])
+@pytest.mark.parametrize('bad', [dict(epochs=0), dict(batch=0), dict(frozen=201), dict(frozen=-1), dict(blr=0.), dict(blr=float('nan')), dict(scale='task')])
 def test_settings_that_cannot_be(bad):
     with pytest.raises(ValueError, match=f'UNetSettings: .*{next(iter(bad.values()))}'): replace(m.PAPER, **bad)
 
@@ -331,12 +338,11 @@ def test_loss_skips_what_is_not_known_and_smooths():
 
 def test_a_loss_that_is_not_finite_names_update_and_images():
     part, encoder = fields(8), make_encoder()
-    inputs = m.Inputs(encoder.contract, BANDS)
-    inputs.moments = torch.stack([torch.zeros(5, 1, 1), torch.ones(5, 1, 1)])
+    inputs = m.Inputs(encoder.contract, BANDS, stats={b: (0, 1) for b in BANDS})
     part = part._replace(x=part.x.astype('float32'))
     part.x[6, 0, 2, 2] = np.inf
     settings = replace(m.PAPER, epochs=1, frozen=0, batch=2, accumulate=1)
-    order = m.epoch_batches(8, settings, np.random.default_rng(3))
+    order = m.updates_of(np.random.default_rng(3).permutation(8), settings)
     step = next(i for i, (rows,) in enumerate(order) if 6 in rows)
     named = ', '.join(map(str, sorted(order[step][0])))
     with pytest.raises(Diverged, match=f'update {step + 1}: the loss is nan on training images {named};'): m.train_unet(encoder, inputs, part, None, 3, settings, 3, progress=False)

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from mmearth.index import StoreError
-from mmearth.splits import EARTH_KM, blocks, block_split, hold_out, map_axes, nearest_km, random_split, read_outline, save_splits, split_counts, split_map, write_split
+from mmearth.splits import EARTH_KM, blocks, block_split, hold_out, nearest_km, random_split, read_outline, save_splits, split_counts, split_map, write_split
 
 
 def far(lat, lon, lat2, lon2):
@@ -249,4 +248,3 @@ def test_map(tmp_path):
     assert [t.get_text().split()[0] for t in fig.legends[0].get_texts()][:3] == ['train', 'val', 'test'] and fig.axes[0].get_xlim() == (-180, 180)
     small = split_map([40, 41, np.nan], [9, 12, 3], ['train', 'test_region', 'own'], outline=np.ones((18, 36), bool))
     assert small.axes[0].get_xlim()[0] < 3 and small.axes[0].get_xlim()[1] < 20
-    plt.close('all')

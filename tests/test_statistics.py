@@ -17,14 +17,6 @@ HOLES = dict(sentinel2=[0], sentinel2_cloudmask=[65535], sentinel2_cloudprod=[65
 DOCUMENTED = dict(sentinel2=[0], sentinel2_cloudmask=[65535], sentinel2_cloudprod=[65535], canopy_height_eth=[255])
 
 
-@pytest.fixture(scope='module')
-def mini(shared): return Store(shared / 'data_mini_v001_64')
-
-
-@pytest.fixture
-def tiny(tiny_store): return Store(tiny_store)
-
-
 def plain(store, name, rows, codes):
     "mean, std, min and max by level and band, with numpy, everything in memory."
     raw, out = store.read(rows, [name])[name], {}
@@ -116,13 +108,9 @@ def test_nan_infinity_and_huge_numbers(tmp_path):
     assert entry['mean'][0] == entry['max'][0] == np.float32(3e38) and entry['std'][0] == 0
 
 
-def test_a_damaged_row_is_named(tmp_path):
+def test_a_damaged_row_is_named(tmp_path, break_chunk):
     root = write_store(tmp_path / 's', n=6, size=16, seed=1)
-    path = next(root.glob('*.h5'))
-    with h5py.File(path) as f: info = f['aster'].id.get_chunk_info_by_coord((4, 0, 0, 0))
-    with path.open('r+b') as f:
-        f.seek(info.byte_offset)
-        f.write(b'\xff' * info.size)
+    break_chunk(next(root.glob('*.h5')), 'aster', 4)
     with pytest.raises(StoreError, match=r'aster: cannot read rows \[4\]') as e: statistics(Store(root), modalities=['aster'], block=3)
     assert 'in part 1' in e.value.__notes__[0] and "'aster'" in e.value.__notes__[0]
 
