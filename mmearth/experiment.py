@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOORS', 'data_root', 'shared_data', 'write_named', 'open_data', 'open_labelled', 'world_map', 'Experiment',
-           'load_experiment', 'finished', 'job', 'floor_job', 'share_done', 'run_jobs', 'experiment', 'main']
+           'load_experiment', 'finished', 'job', 'floor_job', 'all_kept', 'share_done', 'run_jobs', 'experiment',
+           'main']
 
 # %% ../nbs/42_experiment.ipynb #imports
 import argparse, dataclasses, json, multiprocessing, os, re, sys, time
@@ -83,6 +84,8 @@ def world_map(store:TileSet)->np.ndarray|list|None:
     except FileNotFoundError: return None
 
 # %% ../nbs/42_experiment.ipynb #experiment-class
+FLOORS = ('image statistics', 'random filters')  # what any encoder should beat
+
 @dataclass(frozen=True)
 class Experiment:
     "Arms x seeds of pretraining, each probed on the same labelled set."
@@ -115,6 +118,10 @@ class Experiment:
         "Id of a pretraining run; its probe appends `-probe`."
         return f'{self.name}-{arm.replace(" ", "_")}-s{seed}'
 
+    def probing(self, arm:str, seed:int, runs:str)->dict:
+        "Parameters of a probe, of an arm or of one of `FLOORS`."
+        return self.probe | dict(arm=arm, seed=seed, pretrained=arm.replace(' ', '_') if arm in FLOORS else f'{runs}/{self.run_id(arm, seed)}')
+
 def load_experiment(path:Path)->Experiment:
     "Reads an experiment file; unknown or missing keys are errors that name it."
     values = yaml.safe_load(Path(path).read_text())
@@ -138,19 +145,21 @@ def job(e:Experiment, arm:str, seed:int, runs:str, threads:int)->str:
     os.environ['OMP_NUM_THREADS'] = str(threads)
     run_id, recipe = e.run_id(arm, seed), to_dict(e.recipe(arm, seed))
     if not finished(run_id, recipe, runs): run_notebook('pretrain', run_id, runs=runs, quiet=True, **recipe)
-    folder, probe = repo_root() / runs / run_id, e.probe | dict(arm=arm, seed=seed, pretrained=f'{runs}/{run_id}')
+    folder, probe = repo_root() / runs / run_id, e.probing(arm, seed, runs)
     weights = read_contract(latest(folder)).sha256 if checkpoints(folder) else ''  # a clone has no checkpoints, only what was kept
     if not finished(f'{run_id}-probe', probe, runs, weights): run_notebook('probe', f'{run_id}-probe', runs=runs, quiet=True, **probe)
     return run_id
 
-FLOORS = ('image statistics', 'random filters')  # what any encoder should beat
-
 def floor_job(e:Experiment, floor:str, runs:str)->str:
     "Probes one of `FLOORS`; returns its run id."
-    name = floor.replace(' ', '_')
-    run_id, probe = f'{e.name}-{name}-probe', e.probe | dict(arm=floor, seed=0, pretrained=name)
+    run_id, probe = f'{e.name}-{floor.replace(" ", "_")}-probe', e.probing(floor, 0, runs)
     if not finished(run_id, probe, runs): run_notebook('probe', run_id, runs=runs, quiet=True, **probe)
     return run_id
+
+def all_kept(e:Experiment, runs:str)->bool:
+    "Is nothing left to do but the report?"
+    kept = [finished(e.run_id(arm, seed), to_dict(e.recipe(arm, seed)), runs) and finished(f'{e.run_id(arm, seed)}-probe', e.probing(arm, seed, runs), runs) for arm in e.arms for seed in e.seeds]
+    return all(kept) and all(finished(f'{e.name}-{floor.replace(" ", "_")}-probe', e.probing(floor, 0, runs), runs) for floor in FLOORS if e.floor)
 
 # %% ../nbs/42_experiment.ipynb #share-done
 def share_done(folder:Path, recipe:Recipe, n:int)->float:
@@ -162,7 +171,8 @@ def share_done(folder:Path, recipe:Recipe, n:int)->float:
 
 # %% ../nbs/42_experiment.ipynb #run-jobs
 def run_jobs(e:Experiment, runs:str, jobs:int):
-    "All arms and seeds, `jobs` at a time, with one bar for the whole."
+    "All arms and seeds, `jobs` at a time, with one bar for the whole; data are opened only if something is left to do."
+    if all_kept(e, runs): return
     n = len(open_data(e.pretrain['data'], progress=True).rows('train'))
     open_data(e.probe['data'], progress=True)
     todo:dict = {(arm, seed): e.recipe(arm, seed) for seed in e.seeds for arm in e.arms}

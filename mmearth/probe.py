@@ -103,14 +103,14 @@ def cached(folder:str|Path|None, # where features are kept; None keeps nothing
 def features(encoder:nn.Module, # (N, C, H, W) z-scored -> (N, F, h, w); carries `.contract`
              store:Store|Planes, # where the images are
              rows=None, # which of them, all by default
-             batch:int=32, # images at a time; on a CPU small batches stay near the processor and are twice as fast
+             batch:int|None=None, # images at a time; 512 on a GPU, 32 on a CPU, where small batches stay near the processor and are twice as fast
              device:str='cpu', # where the encoder runs
              progress:bool=True, # show a bar
              size:int|None=None, # side in pixels that images are resized to
              cache:str|Path|None=None, # folder to keep features in, see `cached`
             )->np.ndarray: # float32 (n, F)
     "Mean of the encoder's final map for each image."
-    rows, encoder = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64), encoder.to(device).eval()
+    rows, encoder, batch = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64), encoder.to(device).eval(), batch or (32 if str(device) == 'cpu' else 512)
 
     def make():
         found = []

@@ -383,9 +383,10 @@ def fill(h, n, size, seed, world, labelled, progress, workers=0):
     "Writes tiles chunk by chunk; gives back the texts of the side files."
     info, labels, parts = {}, ['tile_id,row,label,split'], [(first, min(first + CHUNK, n)) for first in range(0, n, CHUNK)]
     for m in map(modality, STORED): h.create_dataset(m.name, (n, *m.shape(size)), m.dtype, chunks=(1, *m.shape(size)), compression='gzip', compression_opts=1)
+    stored = {name: h[name].id for name in STORED}
     for (first, _), (blocks, told, lines) in zip(parts, spread(partial(make_chunk, size, seed, world, labelled), parts, workers, desc='synthetic Earth' if progress else None)):
         for name, tiles in blocks.items():
-            for row, block in enumerate(tiles, first): h[name].id.write_direct_chunk((row, *[0] * (h[name].ndim - 1)), block)
+            for row, block in enumerate(tiles, first): stored[name].write_direct_chunk((row, *[0] * (stored[name].rank - 1)), block)
         info |= {str(row): record for row, record in enumerate(told, first)}
         labels += lines
     level = [tile['S2_type'] for tile in info.values()]
