@@ -919,6 +919,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmearth.probe.linear_probe': ('probe.html#linear_probe', 'mmearth/probe.py'),
                                'mmearth.probe.nested_subsets': ('probe.html#nested_subsets', 'mmearth/probe.py'),
                                'mmearth.probe.probe': ('probe.html#probe', 'mmearth/probe.py'),
+                               'mmearth.probe.side_by_side': ('probe.html#side_by_side', 'mmearth/probe.py'),
                                'mmearth.probe.weights_hash': ('probe.html#weights_hash', 'mmearth/probe.py')},
             'mmearth.recipe': { 'mmearth.recipe.Recipe': ('recipe.html#recipe', 'mmearth/recipe.py'),
                                 'mmearth.recipe.Recipe.__post_init__': ('recipe.html#recipe.__post_init__', 'mmearth/recipe.py'),

@@ -68,10 +68,11 @@ def direction(g:Tensor, # (P, K, D) gradient
     return -d
 
 # %% ../nbs/30c_logistic.ipynb #minimise
-def _objective(x:Tensor, y:Tensor, penalty:Tensor, w:Tensor, chunk:int=2048)->tuple[Tensor, Tensor]:
+def _objective(x:Tensor, y:Tensor, penalty:Tensor, w:Tensor, chunk:int=0)->tuple[Tensor, Tensor]:
     "Mean loss plus half the penalised squares (P,) in float64, and the gradient (P, K, D)."
     flat, f = w.flatten(0, 1), torch.zeros(len(w), dtype=torch.float64)
     g = torch.zeros_like(flat)
+    chunk = chunk or 2048 * torch.get_num_threads()
     for part, truth in zip(x.split(chunk), y.split(chunk, -1)):
         loss, residual = losses((flat @ part.T).view(*w.shape[:2], -1), truth)
         f += loss
@@ -123,10 +124,10 @@ def _begin(x:Tensor, y)->tuple[Tensor, Tensor, Tensor]:
     w[..., -1] = torch.logit(share) if y.ndim == 2 else share.log() - share.log().mean()
     return truth, w, torch.diag_embed(share) - share[..., None] * share[:, None]
 
-def _spread(x:Tensor, w:Tensor, chunk:int=2048)->Tensor: # (P, K, K)
+def _spread(x:Tensor, w:Tensor, chunk:int=0)->Tensor: # (P, K, K)
     "Covariance of the answers, mean over images."
     found = torch.zeros(len(w), w.shape[1], w.shape[1], dtype=torch.float64)
-    for part in x.split(chunk):
+    for part in x.split(chunk or 2048 * torch.get_num_threads()):
         z = (w.flatten(0, 1) @ part.T).view(*w.shape[:2], -1)
         p = torch.sigmoid(z) if w.shape[1] == 1 else z.softmax(1)
         found += torch.diag_embed(p.sum(-1)) - p @ p.mT

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['C_GRID', 'PROTOCOLS', 'Planes', 'weights_hash', 'cached', 'features', 'image_statistics', 'nested_subsets',
-           'knn_probe', 'linear_probe', 'probe']
+           'knn_probe', 'linear_probe', 'side_by_side', 'probe']
 
 # %% ../nbs/31_probe.ipynb #imports
 import hashlib, json, os, warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
 from zlib import error as ZlibError
@@ -233,6 +235,19 @@ def linear_probe(train_x:np.ndarray, # (n, F)
     C, weight, intercept, _ = next(regressions(x, target(y), best[:1], begin=best[1:3]))
     return Pipeline([('scale', scaler), ('logistic', as_sklearn(C, classes, weight, intercept))])
 
+# %% ../nbs/31_probe.ipynb #side-by-side
+def side_by_side(jobs:list, # functions without arguments, the longest first
+                 job_bytes:int, # memory that one of them needs
+                 budget:int=4 * 2**30, # memory that all of them may need
+                )->list: # what they return, in order
+    "Runs jobs at the same time, each with one thread of torch; one after the other, with all threads, where memory allows no two."
+    threads = torch.get_num_threads()
+    at_once = min(threads, len(jobs), budget // max(job_bytes, 1))
+    if at_once < 2: return [job() for job in jobs]
+    try:
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda job: job(), jobs))
+    finally: torch.set_num_threads(threads)
+
 # %% ../nbs/31_probe.ipynb #probe-splits
 def _answers(protocol:str, train, val, tests:dict, refit:bool)->tuple[dict, float, float]:
     "Answers to each test split, the strength chosen (NaN for neighbours), and the line between no and yes."
@@ -257,20 +272,22 @@ def probe(train_x:np.ndarray, train_y, # (n, F) features and (n,) classes or boo
     "Results of both readers for every share of labels, seed and test split."
     unknown = [p for p in protocols if p not in PROTOCOLS]
     if unknown: raise ValueError(f'probe: unknown protocols {unknown}; there are {", ".join(PROTOCOLS)}')
-    train_y, val_y, rows = np.asarray(train_y), np.asarray(val_y), []
+    train_y, val_y = np.asarray(train_y), np.asarray(val_y)
     many = train_y.ndim == 2
     classes = None if many else sorted(set(train_y).union(val_y, *(t[1] for t in tests.values())))
     for name, x in dict(training=train_x, validation=val_x, **{s: t[0] for s, t in tests.items()}).items():
         if not np.isfinite(x).all(): raise ValueError(f'probe: {np.count_nonzero(~np.isfinite(x).all(1))} {name} images have features that are not finite; repair the encoder or leave them out')
-    for i, seed in enumerate(seeds):
-        for fraction, part in nested_subsets(train_y, fractions, seed).items():
-            if fraction == 1 and i: continue
-            share = fraction if val_fraction == 'same' else val_fraction
-            check = nested_subsets(val_y, (share,), seed)[share]
-            for protocol in protocols:
-                said, C, line = _answers(protocol, (train_x[part], train_y[part]), (val_x[check], val_y[check]), tests, refit)
-                for split, (_, y, *blocks) in tests.items():
-                    block = blocks[0] if blocks else None
-                    found = multilabel_scores(y, said[split], line, blocks=block) if many else scores(y, said[split], classes, blocks=block)
-                    rows += [dict(task=task, protocol=protocol, fraction=fraction, seed=seed, split=split, **s, run_id=run_id, n_train=len(part), n_test=len(y), C=C) for s in found]
-    return pd.DataFrame(rows)
+    def read(seed, fraction, part):
+        rows, share = [], fraction if val_fraction == 'same' else val_fraction
+        check = nested_subsets(val_y, (share,), seed)[share]
+        for protocol in protocols:
+            said, C, line = _answers(protocol, (train_x[part], train_y[part]), (val_x[check], val_y[check]), tests, refit)
+            for split, (_, y, *blocks) in tests.items():
+                block = blocks[0] if blocks else None
+                found = multilabel_scores(y, said[split], line, blocks=block) if many else scores(y, said[split], classes, blocks=block)
+                rows += [dict(task=task, protocol=protocol, fraction=fraction, seed=seed, split=split, **s, run_id=run_id, n_train=len(part), n_test=len(y), C=C) for s in found]
+        return rows
+    jobs = [(seed, fraction, part) for i, seed in enumerate(seeds) for fraction, part in nested_subsets(train_y, fractions, seed).items() if fraction < 1 or not i]
+    order = sorted(range(len(jobs)), key=lambda j: -len(jobs[j][2]))
+    done = dict(zip(order, side_by_side([partial(read, *jobs[j]) for j in order], 40 * train_x.size)))
+    return pd.DataFrame([row for j in range(len(jobs)) for row in done[j]])

@@ -2,6 +2,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -252,3 +253,28 @@ def test_the_rough_search_chooses_what_an_exact_one_would(several):
         newton = dict(C=C, solver='newton-cholesky', tol=1e-12, max_iter=200)
         ours, theirs = ([e.coef_ for e in model.logistic.estimators_], [LogisticRegression(**newton).fit(scaled, t).coef_ for t in y.T]) if several else ([model.logistic.coef_], [LogisticRegression(**newton).fit(scaled, y).coef_])
         for a, b in zip(ours, theirs): assert np.linalg.norm(a - b) < 2e-4 * np.linalg.norm(b)
+
+
+def test_rows_do_not_depend_on_the_number_of_threads():
+    (x, y), (v, w), test = many(300, 0), many(200, 1), many(100, 2)
+    kw = dict(fractions=(0.1, 1.0), seeds=(0, 1, 2))
+    before, frames = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            frames.append(p.probe(x, y, v, w, {'images': test}, **kw))
+            assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(before)
+    pd.testing.assert_frame_equal(*frames)
+    assert frames[0].seed.tolist() == sorted(frames[0].seed) and len(frames[0]) == 4 * 2 * 5
+
+
+def test_jobs_side_by_side_keep_their_order_and_their_errors():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert p.side_by_side([lambda i=i: (i, torch.get_num_threads()) for i in range(9)], 1) == [(i, 1) for i in range(9)]
+        assert p.side_by_side([torch.get_num_threads] * 3, 3 * 2**30) == [2] * 3  # no room for two
+        with pytest.raises(ZeroDivisionError): p.side_by_side([lambda: 1, lambda: 1 / 0], 1)
+        assert torch.get_num_threads() == 2 and p.side_by_side([], 1) == []
+    finally: torch.set_num_threads(before)
