@@ -334,6 +334,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mmearth.finetune._labelled': ('finetune.html#_labelled', 'mmearth/finetune.py'),
                                   'mmearth.finetune._one_epoch': ('finetune.html#_one_epoch', 'mmearth/finetune.py'),
                                   'mmearth.finetune._quality': ('finetune.html#_quality', 'mmearth/finetune.py'),
+                                  'mmearth.finetune.check_settings': ('finetune.html#check_settings', 'mmearth/finetune.py'),
                                   'mmearth.finetune.dataset_stats': ('finetune.html#dataset_stats', 'mmearth/finetune.py'),
                                   'mmearth.finetune.drop_paths': ('finetune.html#drop_paths', 'mmearth/finetune.py'),
                                   'mmearth.finetune.finetune': ('finetune.html#finetune', 'mmearth/finetune.py'),
