@@ -56,6 +56,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mmearth.benchmark': { 'mmearth.benchmark.Benched': ('benchmark.html#benched', 'mmearth/benchmark.py'),
                                    'mmearth.benchmark.Benched.classes': ('benchmark.html#benched.classes', 'mmearth/benchmark.py'),
                                    'mmearth.benchmark.Benched.kind': ('benchmark.html#benched.kind', 'mmearth/benchmark.py'),
+                                   'mmearth.benchmark._few_maps': ('benchmark.html#_few_maps', 'mmearth/benchmark.py'),
                                    'mmearth.benchmark._frozen': ('benchmark.html#_frozen', 'mmearth/benchmark.py'),
                                    'mmearth.benchmark.append_rows': ('benchmark.html#append_rows', 'mmearth/benchmark.py'),
                                    'mmearth.benchmark.as_columns': ('benchmark.html#as_columns', 'mmearth/benchmark.py'),
