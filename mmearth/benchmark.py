@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'TORCHGEO', 'COLUMNS', 'KEY', 'Benched', 'open_task', 'ope
 # %% ../nbs/37_benchmark.ipynb #imports
 import csv
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -19,7 +20,7 @@ from .baselines import RandomFeatures, untrained
 from .finetune import PROTOCOLS as TRAINED, finetune
 from .geobench import GeoBench, Images
 from .pretrain import latest
-from .probe import C_GRID, Planes, features, image_statistics, probe, weights_hash
+from .probe import C_GRID, Planes, features, image_statistics, nested_subsets, probe, weights_hash
 from .probe import PROTOCOLS as READERS
 from .samples import STAND_INS, nearest_band
 from .segment import MAP_PROTOCOLS, segment
@@ -53,7 +54,7 @@ def open_task(source, # a `GeoBench`, the folder of one, or a labelled EuroSAT s
     parts, shares = {s: few(task.arrays(s, progress=False)) for s in ('train', 'val', 'test')}, {}
     for name in task.partitions if most is None else ():
         at = {s: {i: n for n, i in enumerate(parts[s].ids)} for s in ('train', 'val')}
-        if name.endswith('x_train') and float(name[:-7]) < 1: shares[float(name[:-7])] = {s: np.array([at[s][i] for i in task.ids(s, name)]) for s in at}
+        if (m := re.fullmatch(r'(0\.\d+)x_train', name)): shares[float(m[1])] = {s: np.array([at[s][i] for i in task.ids(s, name)]) for s in at}
     return Benched(task.name, parts, shares, task.stats)
 
 # %% ../nbs/37_benchmark.ipynb #encoder
@@ -87,6 +88,11 @@ def _frozen(task:Benched, encoder, method:str, fraction:float, seed:int, kept:di
     (x, y), (v, w) = ((kept[s][at[s]], task.parts[s].y[at[s]]) for s in ('train', 'val'))
     return probe(x, y, v, w, dict(test=(kept['test'], task.parts['test'].y)), (1.0,) if share else (fraction,), (seed,), (method,))
 
+def _few_maps(part:Images, fraction:float, seed:int)->Images:
+    "A share of the images of maps, drawn by the classes that they show."
+    shown = np.stack([(part.y == k).any((1, 2)) for k in range(len(part.classes))], 1)
+    return part.take(nested_subsets(shown, (fraction,), seed)[fraction])
+
 def cell_rows(task:Benched, encoder:nn.Module|None, method:str, fraction:float, seed:int,
               kept:dict|None=None, # features by split, filled when first needed
               epochs:int|None=None, # other than the protocol's, for a trial
@@ -99,11 +105,11 @@ def cell_rows(task:Benched, encoder:nn.Module|None, method:str, fraction:float, 
     else:
         share = task.shares.get(fraction)
         parts = {s: p.take(share[s]) if share and s in share else p for s, p in task.parts.items()}
+        if task.kind == 'segment' and not share and fraction < 1: parts['train'] = _few_maps(parts['train'], fraction, seed)
         known = {b: (s['mean'], s['std']) for b, s in (task.stats or {}).items()}
         stats = {b: known[nearest_band(b, known) or b] for b in encoder.contract.bands} if known else None
         if task.kind == 'segment':
             data = {s: (planes(p, encoder).read(slice(None))['sentinel2'], p.y, p.level or 'l2a') for s, p in parts.items()}
-            if not share and fraction < 1: data['train'] = tuple(a[:max(1, round(fraction * len(parts['train'])))] if isinstance(a, np.ndarray) else a for a in data['train'])
             rows = segment(encoder, data['train'], data['val'], dict(test=data['test']), task.classes, method, seed, epochs, device, progress, bands=encoder.contract.bands, stats=stats)
         else:
             data = {s: (planes(p, encoder), p.y) for s, p in parts.items()}

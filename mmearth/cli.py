@@ -10,7 +10,6 @@ __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download',
 # %% ../nbs/59_cli.ipynb #imports
 import json
 import re
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated

@@ -100,8 +100,9 @@ VERDICTS = dict(supported='supported', contradicted='contradicted', divided='div
 
 def verdict(claim:int, # 1, 2 or 3
             rows:pd.DataFrame, # of `described`
-           )->tuple[str, pd.DataFrame]: # one of VERDICTS, the cells behind it with ``corrected` p-values and what `counts`
+           )->tuple[str, pd.DataFrame]: # one of VERDICTS, the cells behind it with `corrected` p-values and what `counts`
     "What the rows say about a claim of the paper."
+    if claim not in CLAIMS: raise ValueError(f'verdict: no claim {claim!r}; there are {", ".join(map(str, CLAIMS))}')
     rows = main_rows(rows)
     rows = rows[~rows.pretrain.astype(str).str.contains(_INVENTED) & ~rows.task.astype(str).str.contains(_INVENTED)]
     found = [paired(rows, a, b).assign(arm=a, baseline=b) for a, b in _pairs_of(claim, rows)]

@@ -18,7 +18,6 @@ from functools import cached_property, reduce
 from importlib.resources import files
 from pathlib import Path
 
-import h5py
 import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
@@ -82,7 +81,9 @@ class Images:
                  positions=slice(None), # of the images
                 )->np.ndarray: # float32
         "Pixels with the mean subtracted, divided by the deviation."
-        own = [stats[o if (o := self.standins.get(b, b)) in stats else b] for b in self.bands]
+        named = [o if (o := self.standins.get(b, b)) in stats else b for b in self.bands]
+        if lost := [b for b in named if b not in stats]: raise KeyError(f'standard: no statistics of {", ".join(lost)}; there are {", ".join(stats)}. Give others, or those of `stats()` of the training images')
+        own = [stats[b] for b in named]
         mean, std = (np.array([s[k] for s in own], np.float32)[:, None, None] for k in ('mean', 'std'))
         return (np.asarray(self.x[positions], np.float32) * np.float32(self.unit) - mean) / std
 
@@ -222,7 +223,10 @@ def pack_task(task, # a `GeoBench`
 # %% ../nbs/30_geobench.ipynb #select
 _LARGE = 1 << 30  # bytes that a selection may take in memory
 
-def select(packed:Packed, rows:np.ndarray, pick:list[int])->np.ndarray:
+def select(packed:Packed, # of `pack_task`
+           rows:np.ndarray, # positions of samples
+           pick:list[int], # positions of bands
+          )->np.ndarray: # (n, C, H, W); a map of a file where it is all bands in a row, or large
     "Some samples, some bands."
     x, whole = packed.x, pick == list(range(packed.x.shape[1]))
     if whole and len(rows) and (np.diff(rows) == 1).all(): return x[rows[0]:rows[0] + len(rows)]

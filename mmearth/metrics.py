@@ -16,6 +16,7 @@ def confusion(truth, # (n,) classes
               classes, # all that may occur, in the order of the table
              )->np.ndarray: # int (K, K); rows truth, columns prediction
     "How often each class was taken for each."
+    if len(truth) != len(predicted): raise ValueError(f'confusion: {len(truth)} true classes and {len(predicted)} predicted ones; one of each for every image is needed')
     place = {c: i for i, c in enumerate(classes)}
     unknown = (set(truth) | set(predicted)) - set(place)
     if unknown: raise ValueError(f'confusion: {sorted(unknown)} are not among the classes {list(place)}')
@@ -80,10 +81,11 @@ def scores(truth, predicted, # (n,) classes
            blocks=None, # (n,) block of each image, see `bootstrap`
           )->list[dict]: # metric, value, low, high
     "Accuracy and macro-F1 with 95 % percentile intervals over test images or blocks of them."
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
-    correct, table = truth == predicted, confusion(truth, predicted, classes)
+    truth, predicted, block = np.asarray(truth), np.asarray(predicted), block_numbers(len(truth), blocks)
+    table = confusion(truth, predicted, classes)
+    correct = truth == predicted
     if blocks is None: drawn = np.random.default_rng(seed).multinomial(table.sum(), table.ravel() / table.sum(), n).reshape(n, *table.shape)
-    else: drawn = redrawn(np.stack([confusion(truth[blocks == b], predicted[blocks == b], classes) for b in np.unique(blocks)]), n, seed)
+    else: drawn = redrawn(np.stack([confusion(truth[block == b], predicted[block == b], classes) for b in range(block.max() + 1)]), n, seed)
     low, high = bootstrap(correct, n, seed, blocks=blocks)
     f1_low, f1_high = interval(macro_f1(drawn))
     return [dict(metric='accuracy', value=float(correct.mean()), low=low, high=high),
@@ -119,6 +121,7 @@ def best_threshold(truth, # bool (n, K)
     "The line that gives the highest micro-F1."
     truth, given = np.asarray(truth, bool).ravel(), np.asarray(given, float).ravel()
     if not truth.any(): raise ValueError('best_threshold: no image has any class; give validation images with labels')
+    if truth.shape != given.shape or not np.isfinite(given).all(): raise ValueError(f'best_threshold: {truth.size} labels and {np.isfinite(given).sum()} answers that are finite, of {given.size}; repair the reader')
     order = np.argsort(-given, kind='stable')
     right, named, value = np.cumsum(truth[order]), np.arange(1, len(truth) + 1), given[order]
     ends = np.flatnonzero(np.r_[np.diff(value) != 0, True])

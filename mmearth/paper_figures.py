@@ -8,7 +8,6 @@ __all__ = ['ARM_COLOURS', 'READERS', 'COLUMNS', 'Drawn', 'efficiency_figure', 'p
            'dataset_figures']
 
 # %% ../nbs/41a_paper_figures.ipynb #imports
-import json
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +45,7 @@ def _plain(ax, axis:str='y'):
     ax.set_axisbelow(True)
 
 # %% ../nbs/41a_paper_figures.ipynb #efficiency
-_ARMS = dict(zip(('ImageNet', 'MMEarth64-S2', 'MMEarth64'), (dict(zip(SETTING, (s[k] for k in SETTING))) for s in GRIDS['efficiency'][1])))
+_ARMS = dict(zip(('ImageNet', 'MMEarth64-S2', 'MMEarth64'), GRIDS['efficiency'][1]))  # settings by name
 ARM_COLOURS = dict(zip(_ARMS, ARMS.values()))
 
 def _efficiency_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
@@ -56,7 +55,7 @@ def _efficiency_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
     for arm, s in _ARMS.items():
         mine = lambda t: t[(t[SETTING] == pd.Series(s)).all(axis=1) & pd.Series([c in cells for c in zip(t.task, t.protocol, t.fraction)], t.index, dtype=bool)]
         found += [dict(arm=arm, whose='paper', task=r.task, fraction=r.fraction, value=r.paper, known_from=f'{r.source} [{r.tag}]') for r in mine(quoted).itertuples()]
-        found += [dict(arm=arm, whose=r.group, task=r.task, fraction=r.fraction, value=r.mean, low=r.low, high=r.high, known_from=r.run_ids) for r in mine(ours).rename(columns=dict(mean='mean_')).assign(mean=lambda t: t['mean_']).itertuples()]
+        found += [dict(arm=arm, whose=r.group, task=r.task, fraction=r.fraction, value=r.mean, low=r.low, high=r.high, known_from=r.run_ids) for r in mine(ours).itertuples()]
     return pd.DataFrame(found, columns=['arm', 'whose', 'task', 'fraction', 'value', 'low', 'high', 'known_from']).sort_values(['task', 'arm', 'whose', 'fraction'], kind='stable', ignore_index=True)
 
 def efficiency_figure(rows:pd.DataFrame, # of `mmearth.tables.described`
@@ -151,6 +150,8 @@ def keep_reconstruction(folder:str|Path, # of the run
                         bands:dict|None=None, # task -> names of its C planes; the table's training bands by default
                        )->Path: # reconstructions.npz
     "Keeps what `reconstruction_figure` draws of one tile."
+    lost = [t for t in COLUMNS if t in originals and t not in predictions]
+    if lost: raise KeyError(f'keep_reconstruction: no prediction of {", ".join(lost)}; give one for every original, or leave the original out')
     arrays = dict(mask=np.asarray(mask, bool))
     for task, (_, wanted) in COLUMNS.items():
         names = tuple((bands or {}).get(task) or modality(task).train_bands)

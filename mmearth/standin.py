@@ -210,6 +210,7 @@ def eurosat_images(source, # a `Store`, its folder, or the zips of EuroSAT
     if index is not None:
         table = read_index(index)
         parts, names, labels = split_by_place(table.label, table.lat, table.lon, seed), table.id.to_numpy(), table.label.to_numpy()
+    elif isinstance(source, (list, tuple)) or str(source).endswith('.zip'): raise StoreError(source, split, 'zips of EuroSAT without their index', 'say index=, the CSV that lies beside them')
     else:
         store = source if isinstance(source, Store) else Store(source)
         if store.labels is None: raise StoreError(store.root, 'labels', 'missing', 'write the store with mmearth.eurosat.write_eurosat, or give the zips and their index')

@@ -17,7 +17,7 @@ import numpy as np
 from .modalities import Modality, modality, valid
 from .moments import Moments
 from .spread import spread
-from .store import LEVELS, StoreError, TileSet, read_json, stats_owner
+from .store import LEVELS, StoreError, TileSet, stats_owner
 
 # %% ../nbs/06a_statistics.ipynb #doubts
 def doubts(stats:dict)->list[str]: # one line per doubtful plane

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from .convnext import SIZES, ConvNeXtV2, LayerNorm2d, init_weights
-from .finetune import Inputs, layer_groups, turned, updates_of
+from .finetune import Inputs, check_settings, layer_groups, turned, updates_of
 from .pretrain import Diverged, learning_rate
 
 # %% ../nbs/32b_unet.ipynb #scenes
@@ -148,11 +148,8 @@ class UNetSettings:
     augment:bool = False  # turn and mirror
 
     def __post_init__(self):
-        for name in ('epochs', 'batch', 'accumulate'):
-            if getattr(self, name) < 1: raise ValueError(f'UNetSettings: {name} must be at least 1, not {getattr(self, name)}')
+        check_settings(self)
         if not 0 <= self.frozen <= self.epochs: raise ValueError(f'UNetSettings: {self.frozen} of {self.epochs} epochs cannot be frozen')
-        if self.scale not in ('contract', 'dataset'): raise ValueError(f"UNetSettings: scale must be 'contract' or 'dataset', not {self.scale!r}")
-        if not self.blr > 0: raise ValueError(f'UNetSettings: blr must be positive, not {self.blr}')
 
     def lasting(self, epochs:int)->'UNetSettings':
         "The same with another number of epochs, the frozen share kept."

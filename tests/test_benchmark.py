@@ -5,12 +5,12 @@ import pytest
 import yaml
 
 from mmearth.baselines import untrained
-from mmearth.benchmark import COLUMNS, METHODS, TORCHGEO, append_rows, as_columns, as_rows, benchmark, cell_rows, open_encoder, open_task, planes, read_table
+from mmearth.benchmark import Benched, COLUMNS, METHODS, TORCHGEO, append_rows, as_columns, as_rows, benchmark, cell_rows, open_encoder, open_task, planes, read_table
 from mmearth.experiment import open_labelled
 from mmearth.geobench import GeoBench
 from mmearth.probe import features, image_statistics, probe, weights_hash
 from mmearth.report import check, declared, repo_root
-from mmearth.standin import write_standin
+from mmearth.standin import FRACTIONS, write_standin
 
 RUNS = repo_root() / 'nbs' / 'runs'
 
@@ -99,6 +99,23 @@ def test_published_protocols_scale_by_what_the_task_says_and_others_do_not(root,
         encoder = untrained(planes(task.parts['train'], None), size='pico-test', bands=('B4', 'B3', 'B2'))
         cell_rows(task, encoder, method, 1.0, 0)
         assert seen[-1] == {b: (task.stats[b]['mean'], task.stats[b]['std']) for b in ('B4', 'B3', 'B2')}
+
+
+def test_a_share_of_maps_is_drawn_by_seed_and_shows_every_class(root, monkeypatch):
+    task, seen = open_task(GeoBench(root, 'standin-land')), []
+    monkeypatch.setattr('mmearth.benchmark.segment', lambda e, train, *a, **k: seen.append(train) or pd.DataFrame(dict(value=[0.])))
+    encoder = untrained(planes(task.parts['train'], None), size='pico-test', bands=('B4', 'B3', 'B2'))
+    cut = [cell_rows(Benched(task.name, task.parts, {}), encoder, 'unet', f, s) is not None and seen[-1] for f, s in ((0.3, 0), (0.3, 0), (0.3, 1), (1.0, 0))]
+    assert all(np.array_equal(a, b) for a, b in zip(cut[0][:2], cut[1][:2])) and not np.array_equal(cut[0][0][:20], cut[2][0][:20])
+    assert len(cut[0][0]) == len(cut[0][1]) < 0.5 * len(cut[3][0]) == 0.5 * len(task.parts['train'])
+    assert set(np.unique(cut[0][1])) == set(np.unique(task.parts['train'].y))
+
+
+def test_other_partitions_are_no_shares(tmp_path):
+    write_standin(tmp_path, 40, tasks=('standin-scene',))
+    folder = tmp_path / 'classification_v1.0' / 'standin-scene'
+    (folder / 'mine_x_train_partition.json').write_text((folder / 'default_partition.json').read_text())
+    assert sorted(open_task(GeoBench(tmp_path, 'standin-scene')).shares) == [f for f in FRACTIONS if f < 1]
 
 
 def test_what_does_not_fit_is_refused(scene, tmp_path):

@@ -106,6 +106,10 @@ def test_claims_one_and_two_ask_for_their_own_arms():
     assert c.verdict(2, pd.concat([s2, bgr]))[0] == 'supported' and c.verdict(1, pd.concat([s2, bgr]))[0] == 'untested'
 
 
+def test_unknown_claims_are_named():
+    with pytest.raises(ValueError, match='no claim 4; there are 1, 2, 3'): c.verdict(4, pd.DataFrame())
+
+
 def test_unknown_arms_are_named():
     with pytest.raises(ValueError, match='no rows of pixel; there are all'): c.paired(rows(), 'all', 'pixel')
 

@@ -228,7 +228,11 @@ def test_arrays_and_several_classes(encoder):
 def test_bad_input_is_named(encoder):
     train, val = data(20, 0), data(10, 1)
     def call(t=train, v=val, kind='single', classes=3, protocol=PLAIN, **kw): return f.finetune(encoder, t, v, {}, kind, classes, protocol, device='cpu', progress=False, **kw)
-    with pytest.raises(ValueError, match='val labels must be numbers from 0 to 2'): call(v=(val[0], val[1] + 1))
+    with pytest.raises(ValueError, match='val labels must be whole numbers from 0 to 2'): call(v=(val[0], val[1] + 1))
+    with pytest.raises(ValueError, match='train labels must be whole numbers'): call(t=(train[0], train[1] / 2))
+    with pytest.raises(ValueError, match='train labels hold 0.3; for several classes each must be 0 or 1'): call(t=(train[0], np.full((20, 3), 0.3)), kind='multi')
+    with pytest.raises(ValueError, match='val has no images'): call(v=(val[0].x[:0], val[1][:0]), bands=NAMES)
+    with pytest.raises(ValueError, match='Protocol: blr must be positive, not nan'): replace(PLAIN, blr=math.nan)
     with pytest.raises(ValueError, match='20 images and 19 labels'): call(t=(train[0], train[1][:19]))
     with pytest.raises(ValueError, match=r'train labels are \(20,\)'): call(kind='multi')
     with pytest.raises(ValueError, match='kind must be'): call(kind='segment')

@@ -245,6 +245,7 @@ def test_arrays_against_a_slow_loop(kind, tmp_path, dataset):
     taken = few.take([4, 0])
     assert np.array_equal(taken.x, few.x[[4, 0]]) and np.array_equal(taken.y, few.y[[4, 0]]) and taken.ids == ['s009', 's007'] and len(taken) == 2
     z = few.standard(task.stats)
+    with pytest.raises(KeyError, match='no statistics of B8A, B2; there are B4. Give others'): few.standard(dict(B4=task.stats['B4']))
     by_hand = (few.x[2, 1] - task.stats['B2']['mean']) / task.stats['B2']['std']
     np.testing.assert_allclose(z[2, 1], by_hand, rtol=1e-4, atol=1e-5)
     assert z.dtype == np.float32

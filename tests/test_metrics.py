@@ -73,3 +73,12 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match='no test image has any class'): m.multilabel_scores(truth & False, given)
     with pytest.raises(ValueError, match='30 blocks for 120'): m.multilabel_scores(truth, given, blocks=np.arange(30))
     with pytest.raises(ValueError, match='must both be'): m.multilabel_scores(truth[:, 0], given[:, 0])
+    with pytest.raises(ValueError, match='finite, of'): m.best_threshold(truth, np.where(truth, np.nan, given))
+    with pytest.raises(ValueError, match='repair the reader'): m.best_threshold(truth, given[1:])
+    with pytest.raises(ValueError, match='4 true classes and 1 predicted'): m.confusion(list('abab'), ['a'], 'ab')
+    with pytest.raises(ValueError, match='3 blocks for 4 test images'): m.scores(list('abab'), list('abba'), 'ab', blocks=['x', 'y', 'z'])
+
+
+def test_blocks_may_be_any_names():
+    truth, said, blocks = list('abababab'), list('abbaabba'), ['x', 'x', 'y', 'y', 'z', 'z', 'z', 'x']
+    assert m.scores(truth, said, 'ab', blocks=blocks) == m.scores(truth, said, 'ab', blocks=np.unique(blocks, return_inverse=True)[1])

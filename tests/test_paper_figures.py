@@ -96,6 +96,8 @@ def test_other_bands_of_the_image(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):
+    with pytest.raises(KeyError, match='no prediction of dynamic_world; give one for every original'): f.keep_reconstruction(tmp_path, dict(dynamic_world=np.zeros((8, 8), int)), {}, np.ones((8, 8), bool))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match='it is kept by runs/pretrain'): f.reconstruction_figure(tmp_path)
     path = f.keep_reconstruction(tmp_path, *arrays())
     whole = path.read_bytes()

@@ -323,7 +323,7 @@ def test_augmentation_turns_images_with_their_labels():
     assert not same(state(trained(augment=True)[0]), state(trained(augment=False)[0]))
 
 
-@pytest.mark.parametrize('bad', [dict(epochs=0), dict(batch=0), dict(frozen=201), dict(frozen=-1), dict(blr=0.), dict(blr=float('nan')), dict(scale='task')])
+@pytest.mark.parametrize('bad', [dict(epochs=0), dict(batch=0), dict(frozen=201), dict(frozen=-1), dict(blr=0.), dict(blr=float('nan')), dict(scale='task'), dict(drop_path=1.), dict(smoothing=-0.1)])
 def test_settings_that_cannot_be(bad):
     with pytest.raises(ValueError, match=f'UNetSettings: .*{next(iter(bad.values()))}'): replace(m.PAPER, **bad)
 

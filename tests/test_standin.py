@@ -198,6 +198,12 @@ def test_eurosat_store_and_zips_agree(tiny_eurosat, tmp_path):
     with pytest.raises(StoreError, match='dev: no such images; splits are'): eurosat_images(store, 'dev')
 
 
+def test_zips_without_their_index(tiny_eurosat):
+    zips, *_ = tiny_eurosat
+    for source in (zips, zips[0]):
+        with pytest.raises(StoreError, match='a.zip.*zips of EuroSAT without their index; say index='): eurosat_images(source, 'train')
+
+
 def test_a_store_without_labels(tiny_store):
     with pytest.raises(StoreError, match='labels: missing; write the store with'): eurosat_images(tiny_store, 'train')
 
