@@ -38,8 +38,11 @@ def _workers(threads:int, process:int)->ThreadPoolExecutor:
     return pool
 
 @contextmanager
-def one_core():
-    "Keeps PyTorch's team of threads asleep, and gives the number of threads it would have had."
+def one_core(device:torch.device=torch.device('cpu')):
+    "Keeps PyTorch's team of threads asleep, and gives the number of threads it would have had; a GPU needs no lanes, and its program keeps the team as it is."
+    if device.type != 'cpu':
+        yield 1
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield threads
@@ -288,7 +291,7 @@ class LeanBlock(torch.autograd.Function):
                 torch.addmm(c1, a.view(rows, C), f1.t(), out=h)
                 pieces.activate(h.view(len(norm[groups]), -1, K), norm[groups], gamma, how.grn_eps)
                 torch.addmm(c2, h, f2.t(), out=y[part].view(rows, C)).add_(x[part].view(rows, C))
-        with one_core() as threads:
+        with one_core(x.device) as threads:
             ctx.given, x, (B, R, C), K, taps = x.dtype, x.to(how.kind).contiguous(), x.shape, len(w1), pieces.taps(weight)
             f1, c1, c2, f2 = (t.to(how.kind) for t in (w1 * ln_w, torch.addmv(b1, w1, ln_b), torch.addmv(b2, w2, beta), w2))
             y, norm = torch.empty_like(x), gamma.new_empty(B if how.grouped else 1, K)
@@ -301,7 +304,7 @@ class LeanBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, norm, weight, bias, ln_w, ln_b, w1, gamma, beta, w2, f1, c1, *kept = ctx.saved_tensors
-        with one_core() as threads:
+        with one_core(x.device) as threads:
             (site, pieces, how), dx, dy = ctx.how, torch.empty_like(x), dy.to(x.dtype).contiguous()
             folded = w2.to(how.kind), f1, c1, pieces.taps(weight), pieces.taps(weight, flip=True)
             lanes = in_lanes(lambda parts: _block_back(parts, x, dy, dx, kept, norm, folded, bias, gamma, site, pieces, how), len(x), site.size, threads)

@@ -35,10 +35,10 @@ def random_mask(n:int, # samples
 def patch_ids(mask:Tensor, # bool (N, L), True = hidden, the same number in every row
              )->tuple[Tensor, Tensor]: # visible (N, V), hidden (N, L - V), both ascending
     "Numbers of the visible and of the hidden patches."
-    seen = (~mask).sum(1)
+    shown = ~mask.cpu().numpy()
+    seen = shown.sum(1)
     if (seen != seen[0]).any(): raise ValueError(f'samples show between {seen.min()} and {seen.max()} patches; a batch must show the same number in all')
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, :int(seen[0])], order[:, int(seen[0]):]
+    return tuple(torch.from_numpy(np.nonzero(which)[1].reshape(len(which), -1)).to(mask.device) for which in (shown, ~shown))
 
 # %% ../nbs/10_masking.ipynb #mask-to-pixels
 def mask_to_pixels(mask:Tensor, # bool (N, L) on the square patch grid
