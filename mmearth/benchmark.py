@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 from tqdm import tqdm
-from .baselines import RandomFeatures, untrained
+from .baselines import RandomFeatures, imagenet_encoder, untrained
+from .convnext import SIZES
 from .finetune import PROTOCOLS as TRAINED, finetune
 from .geobench import GeoBench, Images
 from .pretrain import latest
@@ -67,8 +68,12 @@ def open_encoder(name:str, # see above; folders relative to `root`
     if name == 'image_statistics': return None
     if name == 'random_filters': return RandomFeatures(train, seed=seed)
     if name.startswith('untrained-'): return untrained(train, size=name.removeprefix('untrained-'), seed=seed)
+    if name.startswith('imagenet-'):
+        size, _, file = name.removeprefix('imagenet-').partition(':')
+        if size not in SIZES or not file: raise ValueError(f'{name}: imagenet-SIZE:FILE is needed, with a size of {", ".join(SIZES)}')
+        return imagenet_encoder(Path(root) / file, train, size=size)
     folder = Path(root) / name
-    if not folder.is_dir(): raise FileNotFoundError(f'{name}: no such run or checkpoint; other names are image_statistics, random_filters and untrained-SIZE')
+    if not folder.is_dir(): raise FileNotFoundError(f'{name}: no such run or checkpoint; other names are image_statistics, random_filters, untrained-SIZE and imagenet-SIZE:FILE')
     return load_encoder(folder if (folder / 'contract.json').is_file() else latest(folder))
 
 def planes(part:Images, encoder:nn.Module|None)->Planes:

@@ -2,15 +2,19 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
-from mmearth.baselines import untrained
+from mmearth.baselines import RGB, untrained
 from mmearth.benchmark import Benched, COLUMNS, METHODS, TORCHGEO, append_rows, as_columns, as_rows, benchmark, cell_rows, open_encoder, open_task, planes, read_table
+from mmearth.convnext import ConvNeXtV2
 from mmearth.experiment import open_labelled
 from mmearth.geobench import GeoBench
 from mmearth.probe import features, image_statistics, probe, weights_hash
 from mmearth.report import check, declared, repo_root
 from mmearth.standin import FRACTIONS, write_standin
+from mmearth.weights import WeightsError
 
 RUNS = repo_root() / 'nbs' / 'runs'
 
@@ -24,6 +28,18 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def scene(root): return open_task(GeoBench(root, 'standin-scene'))
+
+
+def test_weights_of_photographs_by_name(scene, tmp_path):
+    torch.manual_seed(0)
+    weights = ConvNeXtV2('pico-test', RGB, 32, 'original').state_dict()
+    save_file(weights, tmp_path / 'photographs.safetensors')
+    first = planes(scene.parts['train'], None)
+    encoder = open_encoder('imagenet-pico-test:photographs.safetensors', first, tmp_path)
+    assert encoder.contract.bands == RGB and all(torch.equal(v, weights[k]) for k, v in encoder.state_dict().items())
+    assert cell_rows(scene, encoder, 'linear', 1.0, 0).value.between(0, 1).all()
+    for name, error, words in (('imagenet-giant:photographs.safetensors', ValueError, 'SIZE:FILE'), ('imagenet-atto:', ValueError, 'SIZE:FILE'), ('imagenet-atto:photographs.safetensors', WeightsError, 'choose another size'), ('imagenet-atto:lost.pt', WeightsError, 'lost.pt does not exist')):
+        with pytest.raises(error, match=words): open_encoder(name, first, tmp_path)
 
 
 def test_a_cell_is_what_its_parts_give(scene):
