@@ -78,15 +78,17 @@ def _unseeded(run_id:str)->str:
     "A run id without its last -sN, the seed."
     return re.sub(r'^(.+)-s\d+(?=-|$)', r'\1', run_id).removesuffix('-probe')
 
-def _origin(run:dict, by_id:dict)->tuple[dict, str, str, object]: # setting, checkpoint, group, pretraining seed
-    "Where the weights of a run are from."
-    said = str(run['params'].get('pretrained') or run['params'].get('checkpoint') or '')
+def _origin(run:dict, by_id:dict, model:str='')->tuple[dict, str, str, object]: # setting, checkpoint, group, pretraining seed
+    "Where the weights of a run are from, or those of one of the models of a benchmark."
+    said = model or str(run['params'].get('pretrained') or run['params'].get('checkpoint') or '')
     source = next((by_id[p] for p in reversed(Path(said).parts) if p in by_id), None)
     if source is not None: return setting(source['params']), source['run_id'], _unseeded(source['run_id']), source['params'].get('seed')
-    if said in FLOORS: return FLOORS[said], said, _unseeded(run['run_id']), None
+    own = _unseeded(run['run_id']) + (f' {model}' if model else '')
+    if said in FLOORS: return FLOORS[said], said, own, None
+    if model.startswith('untrained-'): said = ''
     unknown = dict.fromkeys(SETTING, '') | dict(pretrain=f'checkpoint {Path(said).stem}' if said else 'none, random weights', epochs=np.nan if said else 0.)
     released = _PUBLISHED.search(said)
-    return published_setting(said) or unknown, Path(said).stem, f'released {released[0]}' if released else _unseeded(run['run_id']), None
+    return published_setting(said) or unknown, Path(said).stem, f'released {released[0]}' if released else own, None
 
 def result_rows(runs:list[dict], # kept runs, as `load_runs` of 40_report gives them
                )->pd.DataFrame: # their result rows, with run_id
@@ -106,11 +108,13 @@ def described(rows:pd.DataFrame, # result rows with `run_id`, as `load_rows` of 
     if rows.empty: return rows.reindex(columns=[*rows.columns, *SETTING, 'epochs', 'checkpoint', 'group', 'pretrain_seed'])
     unknown = sorted(set(rows.run_id) - set(by_id))
     if unknown: raise KeyError(f'rows of {", ".join(unknown[:3])}: no such kept run; give the runs of the same folder')
+    rows = rows.drop(columns='epochs', errors='ignore')  # those of a reader
+    rows = rows.assign(model_=rows.arm.where(rows.run_id.map(lambda i: 'models' in by_id[i]['params']), '') if 'arm' in rows else '')
     facts = []
-    for run_id in rows.run_id.unique():
-        what, checkpoint, group, seed = _origin(by_id[run_id], by_id)
-        facts.append(what | dict(run_id=run_id, checkpoint=checkpoint, group=group, pretrain_seed_=seed))
-    table = rows.merge(pd.DataFrame(facts), on='run_id', how='left')
+    for run_id, model in rows[['run_id', 'model_']].drop_duplicates().itertuples(index=False):
+        what, checkpoint, group, seed = _origin(by_id[run_id], by_id, model)
+        facts.append(what | dict(run_id=run_id, model_=model, checkpoint=checkpoint, group=group, pretrain_seed_=seed))
+    table = rows.merge(pd.DataFrame(facts), on=['run_id', 'model_'], how='left').drop(columns='model_')
     given = table['pretrain_seed'] if 'pretrain_seed' in table else pd.Series(np.nan, table.index)
     table['pretrain_seed'] = given.fillna(pd.to_numeric(table.pop('pretrain_seed_'))).fillna(0).astype(int)
     mixed = table.groupby('group')[[*SETTING, 'epochs']].nunique(dropna=False).max(axis=1)
