@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from functools import cached_property, partial
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def plan(source:TileSet, rows:np.ndarray, modalities:list[str], samples:int, sta
         dims = ('sample', f'band_{name}', 'y', 'x')[:len(shape)]
         arrays[name] = array_meta(shape, samples, m.dtype, dims, bands=bands, units=m.unit, source=m.source, coordinates='latitude longitude date level')
     for name, x in fact_arrays(source, rows).items(): arrays[name] = array_meta(x.shape, samples, x.dtype, ('sample', 'character')[:x.ndim], **_ABOUT.get(name, {}))
-    about = dict(schema=SCHEMA, version=version('mmearth'), stem=source.stem, size=source.size, tiles=n, dropped=dropped, source=source.fingerprint, divided=divided,
+    about = dict(schema=SCHEMA, version=import_module('mmearth').__version__, stem=source.stem, size=source.size, tiles=n, dropped=dropped, source=source.fingerprint, divided=divided,
         modalities={k: list(source.bands(k)) for k in modalities}, statistics=_nan(stats, math.nan, None))
     return dict(zarr_format=3, node_type='group', attributes=dict(mmearth=about), consolidated_metadata=dict(kind='inline', must_understand=False, metadata=arrays))
 

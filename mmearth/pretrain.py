@@ -12,7 +12,7 @@ import csv, json, math, os, re, shutil, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -113,7 +113,7 @@ def build(recipe:Recipe, store:TileSet)->tuple[MPMAE, Contract]:
     tasks = {t: recipe.bands if t == 'sentinel2' else modality(t).train_bands for t in recipe.tasks}
     pretext = dict(tasks=tasks, decoder_width=recipe.decoder_width, decoder_depth=recipe.decoder_depth, balance=recipe.balance, norm_pix=recipe.norm_pix)
     contract = Contract(recipe.size, recipe.bands, recipe.patch, recipe.stem, 'batch' if 'batch_grn' in recipe.fidelity else 'image', stats, pretext, to_dict(recipe),
-        dict(stem=store.stem, tiles=len(store), fingerprint=store.fingerprint), version('mmearth'))
+        dict(stem=store.stem, tiles=len(store), fingerprint=store.fingerprint), import_module('mmearth').__version__)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = contract.model()

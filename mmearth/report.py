@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
@@ -103,9 +103,7 @@ def _device()->str:
 def environment()->dict:
     "Versions, device and commit of this process."
     commit, changes = _git('rev-parse', 'HEAD'), _git('status', '--porcelain', '--', 'mmearth', 'nbs', 'pyproject.toml')
-    try: package = version('mmearth')
-    except PackageNotFoundError: package = 'unknown'
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, mmearth=package,
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, mmearth=import_module('mmearth').__version__,
                 device=_device(), cuda=torch.version.cuda, cpus=os.cpu_count(), threads=torch.get_num_threads(),
                 platform=f'{platform.system()} {platform.machine()}', commit=commit or 'unknown', dirty='unknown' if changes is None else bool(changes))
 

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -181,9 +181,7 @@ def split_counts(names, # part of each tile
 # %% ../nbs/02b_splits.ipynb #save-splits
 def _versions()->dict:
     "What made a split, for those who wish to make it again."
-    try: ours = version('mmearth')
-    except PackageNotFoundError: ours = 'unknown'
-    return dict(mmearth=ours, numpy=np.__version__)
+    return dict(mmearth=import_module('mmearth').__version__, numpy=np.__version__)
 
 def save_splits(root, # folder of the store
                 stem:str, # of its files
