@@ -45,6 +45,7 @@ SPLITS = dict(val='validation', test='test images', test_image='held-out images'
 METRICS = dict(accuracy='accuracy', macro_f1='macro-F1', micro_f1='micro-F1', micro_f1_before_fix='micro-F1 averaged over batches', micro_f1_tuned='micro-F1, chosen threshold',
     map_micro='micro-mAP', map_macro='macro-mAP', macro_iou='mean IoU', macro_iou_all='mean IoU, absent classes as 0')
 PROTOCOL_NAMES = {'linear': 'linear probe', 'knn': 'nearest neighbours', 'finetune': 'fine-tuning', 'pixels': 'linear probe of single pixels', 'segmentation': 'linear segmentation probe', 'unet': 'UNet',
+    'linear-stages': 'linear probe of all stages', 'knn-stages': 'nearest neighbours, all stages',
     'linear-paper': "linear probe, paper's recipe", 'linear-paper-few': "linear probe, paper's recipe for few labels", 'finetune-paper': "fine-tuning, paper's recipe", 'unet-paper': "UNet, paper's recipe",
     'knn-galileo': "nearest neighbours, Galileo's protocol", 'finetune-galileo': "fine-tuning, Galileo's protocol", 'segmentation-galileo': "linear segmentation probe, Galileo's protocol",
     'linear-torchgeo-bench': 'linear probe, torchgeo-bench', 'knn5-torchgeo-bench': 'five neighbours, torchgeo-bench', 'linear-dinov3': 'linear probe, DINOv3 card', 'decoder-dinov3': 'frozen with a decoder, DINOv3 card'}

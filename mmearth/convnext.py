@@ -163,6 +163,12 @@ class ConvNeXtV2(nn.Module):
         for stage in self.stages: x = stage(x, mask)
         return x
 
+    def maps(self, x:Tensor, # (N, bands, H, W), z-scored, sides multiples of the patch
+            )->list[Tensor]: # of the four stages, each (N, C, h, w)
+        "The maps of all stages, for readers that want more than the last one."
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return [x := stage(x) for stage in self.stages]
+
     def visible(self, x:Tensor, mask:Tensor)->Tensor:
         "Pixels the mask leaves visible, (N, 1, H, W); refuses a mask that does not fit the image."
         h, w = x.shape[-2:]

@@ -47,11 +47,7 @@ class StageMaps(nn.Module):
         self.encoder, self.patch = encoder, encoder.patch
 
     def forward(self, x:Tensor)->list[Tensor]: # each (N, C, h, w)
-        maps, x = [], self.encoder.stem(padded(x, self.patch).contiguous(memory_format=torch.channels_last))
-        for stage in self.encoder.stages:
-            x = stage(x)
-            maps.append(F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2))
-        return maps
+        return [F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2], eps=1e-6).permute(0, 3, 1, 2) for m in self.encoder.maps(padded(x, self.patch))]
 
 class PixelMaps(nn.Module):
     "Scaled images -> themselves: what the bands of a pixel say alone."
