@@ -45,11 +45,13 @@ def untrained(images:Store|Planes, # gives the statistics
 def _contract(images, rows, bands, size:str, patch:int, stem:str)->Contract:
     "A contract with the statistics of the images."
     stored = images.bands('sentinel2')
-    bands = tuple(bands or stored)
+    own = own_statistics(images, rows)
+    known = [b for i, b in enumerate(stored) if all(np.isfinite(v['mean'][i]) for v in own.values())]  # B10 of L2A is never there
+    bands = tuple(bands or known)
     missing = [b for b in bands if b not in stored]
     if missing: raise KeyError(f'the images have no band {", ".join(missing)}; they have {", ".join(stored)}. Choose others with bands=')
     at = [stored.index(b) for b in bands]
-    stats = {k: {p: [v[p][i] for i in at] for p in v} for k, v in own_statistics(images, rows).items()}
+    stats = {k: {p: [v[p][i] for i in at] for p in v} for k, v in own.items()}
     return Contract(size, bands, patch, stem, 'image', stats)
 
 # %% ../nbs/31c_baselines.ipynb #random-features

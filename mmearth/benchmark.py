@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TORCHGEO', 'COLUMNS', 'KEY', 'Benched', 'open_task', 'open_encoder', 'planes', 'cell_rows', 'read_table',
-           'append_rows', 'as_columns', 'as_rows', 'benchmark']
+           'append_rows', 'as_columns', 'as_rows', 'left_out', 'benchmark']
 
 # %% ../nbs/37_benchmark.ipynb #imports
 import csv
@@ -167,6 +167,13 @@ def as_rows(table:pd.DataFrame, # of `read_table`
     return table.rename(columns=names)[['task', 'arm', 'protocol', 'fraction', 'seed', 'split', 'metric', 'value', 'low', 'high', 'n_train', 'n_test', 'C', 'partition', 'weights', 'epochs']]
 
 # %% ../nbs/37_benchmark.ipynb #benchmark
+def left_out(tasks:list[Benched], models:list[str], methods:list[str]
+            )->pd.DataFrame: # task, model, method, why
+    "The cells that a benchmark passes over, because a protocol does not fit the task or has nothing to train."
+    floors = ('image_statistics', 'random_filters')
+    cells = [(t.name, e, m, f'not for a {t.kind} task' if m not in METHODS[t.kind] else 'nothing to train' if e in floors and m not in READERS else '') for t in tasks for e in models for m in methods]
+    return pd.DataFrame([c for c in cells if c[3]], columns=['task', 'model', 'method', 'why'])
+
 def benchmark(tasks:list[Benched], # of `open_task`
               models:list[str], # names for `open_encoder`
               methods:list[str], # protocols; those that do not fit a task or an encoder are left out
@@ -182,6 +189,8 @@ def benchmark(tasks:list[Benched], # of `open_task`
     fits = lambda t, m, e: m in METHODS[t.kind] and (m in READERS or hasattr(e, 'stages'))
     unknown = set(methods) - {m for ms in METHODS.values() for m in ms}
     if unknown: raise ValueError(f'methods: {", ".join(sorted(unknown))} unknown; there are {", ".join(dict.fromkeys(m for ms in METHODS.values() for m in ms))}')
+    homeless = [m for m in methods if tasks and not any(m in METHODS[t.kind] for t in tasks)]
+    if homeless: raise ValueError(f'methods: {", ".join(homeless)} fit none of the tasks ({", ".join(f"{t.name}: {t.kind}" for t in tasks)}); leave them out, or add a task that they are for')
     with tqdm(total=len(tasks) * len(models) * len(methods) * len(fractions) * len(seeds), unit='cell', desc='benchmark', disable=not progress) as bar:
         for task in tasks:
             for name in models:

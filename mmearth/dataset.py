@@ -30,7 +30,7 @@ class Scale:
         self.stored = {k: tuple((stored or {}).get(k, modality(k).bands)) for k in wanted}
         self.places = {k: select(v, self.stored[k], k) for k, v in self.wanted.items()}
         self.picked = {k: torch.tensor(v) for k, v in self.places.items()}
-        self.mean, self.inverse, self.unknown = {}, {}, {}
+        self.mean, self.inverse, self.unknown, self.unusable = {}, {}, {}, {}
         for name in self.wanted:
             m = modality(name)
             if m.kind == 'categorical': continue
@@ -47,6 +47,7 @@ class Scale:
         if found.shape[1] != len(self.stored[name]): raise StoreError('band statistics', key, f'{found.shape[1]} bands, {len(self.stored[name])} expected', 'they belong to another store')
         found = found[:, self.places[name]]
         usable = np.isfinite(found).all(0) & (np.abs(found[0]) < 1e30) & (found[1] > 1e-12)
+        if not usable.all(): self.unusable[key] = name, [b for b, u in zip(self.wanted[name], usable) if not u]
         return np.where(usable, found, [[0.], [1.]])
 
     def to(self, device)->'Scale':

@@ -35,12 +35,15 @@ class Stopped(RuntimeError):
 
 @contextmanager
 def signals(): # gives a list that is no longer empty once a signal came
-    "Notes SIGTERM instead of dying of it, where this thread may."
+    "Notes SIGTERM and Ctrl-C instead of dying of them, where this thread may; who presses Ctrl-C twice does not want to wait."
     came, mine = [], threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number)) if mine else None
+    def note(number, frame):
+        if came and number == signal.SIGINT: raise KeyboardInterrupt
+        came.append(number)
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)} if mine else {}
     try: yield came
     finally:
-        if mine: signal.signal(signal.SIGTERM, before)
+        for s, old in before.items(): signal.signal(s, old)
 
 def anywhere(here:bool, device:torch.device)->bool:
     "Whether something is so in any of the processes."

@@ -6,6 +6,8 @@ from safetensors.torch import save_file
 
 from mmearth import baselines as b
 from mmearth.probe import Planes, features
+from mmearth.store import Store
+from mmearth.synthetic import write_store
 from mmearth.weights import WeightsError
 
 
@@ -75,3 +77,11 @@ def test_the_weights_of_timm_give_the_features_of_timm(tmp_path, images):
     ours, x = b.imagenet_encoder(tmp_path / 'w.safetensors', images), torch.randn(2, 3, 64, 96)
     with torch.no_grad(): assert torch.allclose(ours(x), theirs.forward_features(x), rtol=1e-3, atol=1e-4)
     assert 'timm' in set(b.extraction_rates('atto', 1, rounds=1, grid=16).model)
+
+
+def test_random_filters_leave_out_a_band_that_was_never_there(tmp_path):
+    store = Store(write_store(tmp_path / 'scenes', 24, size=16, labelled=True))
+    assert 'B10' in store.bands('sentinel2') and set(store.levels) == {'l1c', 'l2a'}
+    filters = b.RandomFeatures(store, num_features=16)
+    assert 'B10' not in filters.contract.bands and len(filters.contract.bands) == 12
+    assert np.isfinite(features(filters, store, progress=False)).all()

@@ -18,10 +18,13 @@ from safetensors.torch import load_file
 from mmearth.modalities import TASKS, modality
 from mmearth.pack import Pack, pack
 from mmearth.pretrain import CLOCK, Diverged, Feed, Trainer, checkpoints, latest, pretrain
-from mmearth.recipe import Recipe, RecipeError, save_recipe
-from mmearth.store import Store
+from mmearth.recipe import Recipe, RecipeError, load_recipe, save_recipe
+from mmearth.report import repo_root
+from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
 from mmearth.weights import WeightsError, load_encoder, load_model
+
+SMOKE = repo_root() / 'nbs' / 'runs' / 'recipes' / 'smoke.yaml'
 
 SMALL = Recipe(batch=4, epochs=4, save_every=3, log_every=2, decoder_width=32, blr=6e-3)
 
@@ -285,3 +288,31 @@ def test_a_run_goes_on_with_the_kernels_it_was_begun_with(tiny_store, tmp_path, 
     if began == 'numba':
         with pytest.raises(RecipeError, match='begun with other kernels.*No module named numba'): pretrain(recipe, Store(tiny_store), tmp_path / 'run', progress=False)
     assert pretrain(recipe, Store(tiny_store), tmp_path / 'fresh', until=1, progress=False).model.execution == 'plain'
+
+
+@pytest.mark.parametrize('part, value', [('mean', float('nan')), ('std', 0.), ('std', float('inf'))])
+def test_statistics_that_cannot_scale_are_refused(tmp_path, part, value):
+    root = write_store(tmp_path / 'tiles', 8, size=16)
+    file = root / 'data_synthetic_v001_16_band_stats.json'
+    told = json.loads(file.read_text())
+    told['aster'][part][0] = value
+    file.write_text(json.dumps(told))
+    recipe = Recipe(batch=4, crop=16, epochs=1, decoder_width=32)
+    with pytest.raises(StoreError, match='aster, elevation: its mean and deviation cannot scale') as caught: pretrain(recipe, Store(root), tmp_path / 'run', progress=False)
+    assert file.name in str(caught.value) and '--statistics measured' in str(caught.value)
+    packed = pack(Store(root), tmp_path / 'pack', statistics='measured')
+    assert pretrain(recipe, Pack(packed), tmp_path / 'mended', progress=False).log.loss.notna().all()
+
+
+def test_ctrl_c_ends_behind_a_checkpoint(tmp_path):
+    root = write_store(tmp_path / 'tiles', 16, size=16)
+    words = ['-m', 'mmearth.cli', 'pretrain', str(SMOKE), str(tmp_path / 'run'), '-p', f'data={root}', '-p', 'crop=16', '-p', 'batch=4', '-p', 'epochs=400']
+    child = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    log = tmp_path / 'run' / 'log.csv'
+    while child.poll() is None and not (log.exists() and log.read_text().count('\n') > 1): time.sleep(.05)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 75 and 'goes on from there' in said, said[-500:]
+    done = int(latest(tmp_path / 'run').name.split('-')[1])
+    again = pretrain(load_recipe(SMOKE, data=str(root), crop=16, batch=4, epochs=400), Store(root), tmp_path / 'run', until=done + 1, progress=False)
+    assert again.updates == done + 1
