@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOORS', 'data_root', 'shared_data', 'write_named', 'open_data', 'open_labelled', 'world_map', 'Experiment',
-           'load_experiment', 'finished', 'job', 'floor_job', 'all_kept', 'share_done', 'run_jobs', 'experiment',
+           'load_experiment', 'finished', 'job', 'floor_job', 'left_to_do', 'share_done', 'run_jobs', 'experiment',
            'main']
 
 # %% ../nbs/42_experiment.ipynb #imports
@@ -156,10 +156,11 @@ def floor_job(e:Experiment, floor:str, runs:str)->str:
     if not finished(run_id, probe, runs): run_notebook('probe', run_id, runs=runs, quiet=True, **probe)
     return run_id
 
-def all_kept(e:Experiment, runs:str)->bool:
-    "Is nothing left to do but the report?"
-    kept = [finished(e.run_id(arm, seed), to_dict(e.recipe(arm, seed)), runs) and finished(f'{e.run_id(arm, seed)}-probe', e.probing(arm, seed, runs), runs) for arm in e.arms for seed in e.seeds]
-    return all(kept) and all(finished(f'{e.name}-{floor.replace(" ", "_")}-probe', e.probing(floor, 0, runs), runs) for floor in FLOORS if e.floor)
+def left_to_do(e:Experiment, runs:str)->tuple[list, list]: # (arm, seed), and floors
+    "What is not kept yet."
+    def lacks(run_id, arm, seed): return not finished(f'{run_id}-probe', e.probing(arm, seed, runs), runs)
+    arms = [(a, s) for s in e.seeds for a in e.arms if not finished(e.run_id(a, s), to_dict(e.recipe(a, s)), runs) or lacks(e.run_id(a, s), a, s)]
+    return arms, [f for f in FLOORS if e.floor and lacks(f'{e.name}-{f.replace(" ", "_")}', f, 0)]
 
 # %% ../nbs/42_experiment.ipynb #share-done
 def share_done(folder:Path, recipe:Recipe, n:int)->float:
@@ -172,15 +173,16 @@ def share_done(folder:Path, recipe:Recipe, n:int)->float:
 # %% ../nbs/42_experiment.ipynb #run-jobs
 def run_jobs(e:Experiment, runs:str, jobs:int):
     "All arms and seeds, `jobs` at a time, with one bar for the whole; data are opened only if something is left to do."
-    if all_kept(e, runs): return
+    arms, floors = left_to_do(e, runs)
+    if not (arms or floors): return
     n = len(open_data(e.pretrain['data'], progress=True).rows('train'))
     open_data(e.probe['data'], progress=True)
-    todo:dict = {(arm, seed): e.recipe(arm, seed) for seed in e.seeds for arm in e.arms}
+    todo:dict = {key: e.recipe(*key) for key in arms}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
-    with pool, tqdm(total=len(todo) + len(FLOORS) * e.floor, unit='job', desc=e.name, bar_format='{l_bar}{bar}| {n:.1f}/{total} jobs [{elapsed}<{remaining}]') as bar:
+    with pool, tqdm(total=len(todo) + len(floors), unit='job', desc=e.name, bar_format='{l_bar}{bar}| {n:.1f}/{total} jobs [{elapsed}<{remaining}]') as bar:
         pending = {pool.submit(job, e, *key, runs, threads): key for key in todo}
-        for floor in FLOORS if e.floor else (): pending[pool.submit(floor_job, e, floor, runs)] = None
+        for floor in floors: pending[pool.submit(floor_job, e, floor, runs)] = None
         while pending:
             done, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:

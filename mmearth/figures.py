@@ -31,7 +31,7 @@ FAMILIES = dict(
     cover=Palette('#C58B0C', 'tab20', ('dynamic_world', 'esa_worldcover')), climate=Palette('#C8443C', 'coolwarm', ('era5', 'surface_temperature')),
     place=Palette('#2A9D8F', 'viridis', ('lat', 'lon')), ecology=Palette('#6B8E23', 'tab20', ('biome', 'eco_region')), time=Palette('#7F7F7F', 'twilight', ('month',)))
 ARMS = {'random': '#54106C', 'image only': '#BC3654', 'all': '#F98E09'}
-MORE_ARMS = ('#2B6CA3', '#3E8E41', '#7F7F7F', '#2A9D8F', '#8A5A2B')
+MORE_ARMS = ('#2B6CA3', '#3E8E41', '#7F7F7F', '#2A9D8F', '#8A5A2B', '#D16BA5', '#6C5B9E', '#A3B18A')
 
 def family(name:str)->Palette:
     "Palette of a modality."
@@ -113,24 +113,26 @@ def label_efficiency(rows:pd.DataFrame, # result rows of probes, with an `arm` c
     splits = splits or [s for s in dict.fromkeys(rows.split) if s != 'val']
     if rows.empty or not splits: raise ValueError(f'label_efficiency: no rows for {protocol}, {metric}')
     table, fractions, colours = comparison_table(rows), sorted(rows.fraction.unique()), arm_colours(rows.arm)
-    fig, axes = plt.subplots(1, len(splits), figsize=(3.2 * len(splits) + 0.8, 3.1), sharey=True, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, len(splits), figsize=(3.2 * len(splits) + 2, 3.1), sharey=True, squeeze=False, layout='constrained')
+    step = min(0.12, 0.5 / len(colours))
     for ax, split in zip(axes[0], splits):
         for i, (arm, colour) in enumerate(colours.items()):
+            beside = step * (i - (len(colours) - 1) / 2)
             t = table[(table.arm == arm) & (table.split == split)].sort_values('fraction')
-            x, single = [fractions.index(f) for f in t.fraction], rows[(rows.arm == arm) & (rows.split == split)]
-            ax.fill_between(x, 100 * t.low, 100 * t.high, color=colour, alpha=0.16, lw=0)
-            ax.plot(x, 100 * t['mean'], color=colour, lw=1.8, marker='o', ms=4.5, label=arm, zorder=3)
-            ax.scatter(single.fraction.map(fractions.index) + 0.05 * (i - 1), 100 * single.value, s=7, color=colour, alpha=0.55, lw=0, zorder=2)
+            x, single = [fractions.index(f) + beside for f in t.fraction], rows[(rows.arm == arm) & (rows.split == split)]
+            ax.vlines(x, 100 * t.low, 100 * t.high, color=colour, lw=2.5, alpha=0.35)
+            ax.plot(x, 100 * t['mean'], color=colour, lw=1, marker='o', ms=4.5, label=arm, zorder=3)
+            ax.scatter(single.fraction.map(fractions.index) + beside, 100 * single.value, s=5, color='white', edgecolors=colour, lw=0.5, zorder=4)
             q = quoted[(quoted.arm == arm) & (quoted.split == split)] if quoted is not None else rows[:0]
             if len(q): ax.plot(q.fraction.map(fractions.index), 100 * q.value, color=colour, ls=':', lw=1, marker='o', mfc='white', ms=4, label=f'{arm}, quoted')
         _labels_axis(ax, fractions, rows)
         n = int(rows[rows.split == split].n_test.median()) if 'n_test' in rows else 0
         ax.set_title(SPLITS.get(split, split) + (f' (n = {n:,})' if n else ''), fontsize=9)
     axes[0, 0].set_ylabel(f'{METRICS.get(metric, metric)}, %', fontsize=8.5)
-    axes[0, -1].legend(frameon=False, fontsize=8, loc='lower right')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc='outside right center')
     runs, seeds = table.runs.max(), table.label_seeds.max()
     name = PROTOCOL_NAMES.get(protocol, protocol)
-    fig.supxlabel(f'{name[0].upper()}{name[1:]}. Lines: means; bands: 95 % intervals over pretraining runs (up to {runs}),\nlabel subsets (up to {seeds}) and test images; points: single runs and subsets.',
+    fig.supxlabel(f'{name[0].upper()}{name[1:]}. Points: means; bars: 95 % intervals over pretraining runs (up to {runs}),\nlabel subsets (up to {seeds}) and test images; small rings: single runs and subsets.',
                   fontsize=7, color='#505050', x=0.02, ha='left', multialignment='left')
     return fig
 
