@@ -250,12 +250,12 @@ def side_by_side(jobs:list, # functions without arguments, the longest first
                  job_bytes:int, # memory that one of them needs
                  budget:int=4 * 2**30, # memory that all of them may need
                 )->list: # what they return, in order
-    "Runs jobs at the same time, each with one thread of torch; one after the other, with all threads, where memory allows no two."
+    "Runs jobs at the same time, each with one thread of torch; large ones of which memory allows no two have all threads."
     threads = torch.get_num_threads()
     at_once = min(threads, len(jobs), budget // max(job_bytes, 1))
-    if at_once < 2: return [job() for job in jobs]
+    if at_once < 2 and job_bytes > 2**30: return [job() for job in jobs]
     try:
-        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda job: job(), jobs))
+        with ThreadPoolExecutor(max(1, at_once), initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda job: job(), jobs))
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/31_probe.ipynb #probe-splits
