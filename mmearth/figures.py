@@ -129,7 +129,8 @@ def label_efficiency(rows:pd.DataFrame, # result rows of probes, with an `arm` c
         n = int(rows[rows.split == split].n_test.median()) if 'n_test' in rows else 0
         ax.set_title(SPLITS.get(split, split) + (f' (n = {n:,})' if n else ''), fontsize=9)
     axes[0, 0].set_ylabel(f'{METRICS.get(metric, metric)}, %', fontsize=8.5)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc='outside right center')
+    known = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(known.values(), known, frameon=False, fontsize=8, loc='outside right center')
     runs, seeds = table.runs.max(), table.label_seeds.max()
     name = PROTOCOL_NAMES.get(protocol, protocol)
     fig.supxlabel(f'{name[0].upper()}{name[1:]}. Points: means; bars: 95 % intervals over pretraining runs (up to {runs}),\nlabel subsets (up to {seeds}) and test images; small rings: single runs and subsets.',

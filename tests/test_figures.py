@@ -39,7 +39,7 @@ def rows(arms=('random', 'all'), **more):
 def test_label_efficiency_draws_any_arms_and_quoted_numbers():
     quoted = pd.DataFrame([dict(arm='all', split='test_region', fraction=0.05, value=0.37), dict(arm='all', split='test_region', fraction=1.0, value=0.737)])
     fig = f.label_efficiency(rows(('all', 'mystery')), quoted=quoted)
-    labels = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+    labels = [t.get_text() for t in fig.legends[0].get_texts()]
     assert len(fig.axes) == 1 and labels == ['all', 'all, quoted', 'mystery']
     with pytest.raises(ValueError, match='no rows for knn'): f.label_efficiency(rows(), 'knn')
 

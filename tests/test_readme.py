@@ -23,10 +23,19 @@ def test_the_table_is_the_kept_one():
     kept = pd.read_csv(ROOT / 'reports' / 'tables' / 'eurosat-probe.csv')
     kept = kept[(kept.protocol == 'linear') & (kept.metric == 'accuracy')]
     table = wide_table(kept)
-    rows = [[c.strip() for c in line.strip('|').split('|')] for line in README.split('\n') if re.match(r'\| held-out', line)]
+    first, second = ([[c.strip() for c in line.strip('|').split('|')] for line in part.split('\n') if re.match(r'\| held-out', line)] for part in README.split("**At the paper's encoder size**"))
+    rows = first
     assert len(rows) == len(table) == 8
     for row, (_, want) in zip(rows, table.iterrows()): assert row == [want['split'], want['labels'], *want.iloc[4:]], row
     assert {percent(f) for f in kept.fraction} == {r[1] for r in rows}
+    head = next(line for line in README.split('\n') if line.startswith('| test |') and 'all stages' in line)
+    runs = [re.search(r'reports/runs/([^/]+)/', c) for c in head.strip('|').split('|')[2:]]
+    for row in second:
+        for run, cell in zip(runs, row[2:]):
+            if not run: assert cell == 'not measured'; continue
+            kept = pd.read_csv(ROOT / 'reports' / 'runs' / run[1] / 'rows.csv').query("metric == 'accuracy'")
+            kept = kept[kept.protocol.isin(['linear', 'linear-stages']) & (kept.split == {'held-out images': 'test_image', 'held-out regions': 'test_region'}[row[0]]) & (kept.fraction.map(percent) == row[1])]
+            assert float(cell.split(' ')[0]) == round(100 * kept.value.mean(), 1), (row, run[1])
 
 
 def test_rates_are_the_kept_ones():
