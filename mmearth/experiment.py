@@ -119,9 +119,11 @@ class Experiment:
         "Id of a pretraining run; its probe appends `-probe`."
         return f'{self.name}-{arm.replace(" ", "_")}-s{seed}'
 
-    def probing(self, arm:str, seed:int, runs:str)->dict:
-        "Parameters of a probe, of an arm or of one of `FLOORS`."
-        return self.probe | dict(arm=arm, seed=seed, pretrained=arm.replace(' ', '_') if arm in FLOORS else f'{runs}/{self.run_id(arm, seed)}')
+    def probing(self, arm:str, seed:int, runs:str)->tuple[str, dict]: # run id, parameters
+        "The probe of an arm, or of one of `FLOORS`."
+        name = arm.replace(' ', '_')
+        run_id, pretrained = (f'{self.name}-{name}', name) if arm in FLOORS else (self.run_id(arm, seed), f'{runs}/{self.run_id(arm, seed)}')
+        return f'{run_id}-probe', self.probe | dict(arm=arm, seed=seed, pretrained=pretrained)
 
 def load_experiment(path:Path)->Experiment:
     "Reads an experiment file; unknown or missing keys are errors that name it."
@@ -146,22 +148,22 @@ def job(e:Experiment, arm:str, seed:int, runs:str, threads:int)->str:
     os.environ['OMP_NUM_THREADS'] = str(threads)
     run_id, recipe = e.run_id(arm, seed), to_dict(e.recipe(arm, seed))
     if not finished(run_id, recipe, runs): run_notebook('pretrain', run_id, runs=runs, quiet=True, **recipe)
-    folder, probe = repo_root() / runs / run_id, e.probing(arm, seed, runs)
+    folder, (probe_id, probe) = repo_root() / runs / run_id, e.probing(arm, seed, runs)
     weights = read_contract(latest(folder)).sha256 if checkpoints(folder) else ''  # a clone has no checkpoints, only what was kept
-    if not finished(f'{run_id}-probe', probe, runs, weights): run_notebook('probe', f'{run_id}-probe', runs=runs, quiet=True, **probe)
+    if not finished(probe_id, probe, runs, weights): run_notebook('probe', probe_id, runs=runs, quiet=True, **probe)
     return run_id
 
 def floor_job(e:Experiment, floor:str, runs:str)->str:
     "Probes one of `FLOORS`; returns its run id."
-    run_id, probe = f'{e.name}-{floor.replace(" ", "_")}-probe', e.probing(floor, 0, runs)
+    run_id, probe = e.probing(floor, 0, runs)
     if not finished(run_id, probe, runs): run_notebook('probe', run_id, runs=runs, quiet=True, **probe)
     return run_id
 
 def left_to_do(e:Experiment, runs:str)->tuple[list, list]: # (arm, seed), and floors
     "What is not kept yet."
-    def lacks(run_id, arm, seed): return not finished(f'{run_id}-probe', e.probing(arm, seed, runs), runs)
-    arms = [(a, s) for s in e.seeds for a in e.arms if not finished(e.run_id(a, s), to_dict(e.recipe(a, s)), runs) or lacks(e.run_id(a, s), a, s)]
-    return arms, [f for f in FLOORS if e.floor and lacks(f'{e.name}-{f.replace(" ", "_")}', f, 0)]
+    def probed(arm, seed): return finished(*e.probing(arm, seed, runs), runs)
+    arms = [(a, s) for s in e.seeds for a in e.arms if not (finished(e.run_id(a, s), to_dict(e.recipe(a, s)), runs) and probed(a, s))]
+    return arms, [f for f in FLOORS if e.floor and not probed(f, 0)]
 
 # %% ../nbs/42_experiment.ipynb #share-done
 def share_done(folder:Path, recipe:Recipe, n:int)->float:
