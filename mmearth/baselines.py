@@ -54,7 +54,7 @@ def _contract(images, rows, bands, size:str, patch:int, stem:str)->Contract:
     stats = {k: {p: [v[p][i] for i in at] for p in v} for k, v in own.items()}
     return Contract(size, bands, patch, stem, 'image', stats)
 
-# %% ../nbs/31c_baselines.ipynb #random-features
+# %% ../nbs/31c_baselines.ipynb #image-patches
 def image_patches(images:Store|Planes, # where the images are
                   rows:np.ndarray, # training images
                   contract:Contract, # scales them
@@ -76,6 +76,7 @@ def image_patches(images:Store|Planes, # where the images are
     spread, axes = np.linalg.eigh(patches.T @ patches / n)
     return torch.tensor(patches @ (axes / (spread + 1e-3)) @ axes.T).float().view(n, -1, kernel, kernel)
 
+# %% ../nbs/31c_baselines.ipynb #random-features
 class RandomFeatures(nn.Module):
     "Filters that never learn: (N, bands, H, W) -> (N, features, 1, 1)."
     def __init__(self, images:Store|Planes, # gives statistics and patches
@@ -101,6 +102,11 @@ class RandomFeatures(nn.Module):
         z = F.conv2d(x, self.weight, self.bias)
         positive, mean = z.relu().mean((2, 3), keepdim=True), z.mean((2, 3), keepdim=True)
         return torch.cat([positive, positive - mean], 1)
+
+    def maps(self, x:Tensor)->list[Tensor]: # one, (N, features, h, w)
+        "The map of the answers before it is averaged, for readers that also want deviations."
+        z = F.conv2d(x, self.weight, self.bias)
+        return [torch.cat([z.relu(), (-z).relu()], 1)]
 
 # %% ../nbs/31c_baselines.ipynb #photographs
 RGB = ('B4', 'B3', 'B2')  # red, green, blue

@@ -60,7 +60,7 @@ def wide_table(table:pd.DataFrame)->pd.DataFrame: # of `comparison_table`
     keys = dict(split=SPLITS, metric=METRICS, protocol=PROTOCOL_NAMES)
     cells = cells.assign(labels=cells.fraction.map(percent), **{k: cells[k].map(lambda v, names=names: names.get(v, v)) for k, names in keys.items()})
     wide = cells.pivot(index=['split', 'metric', 'protocol', 'fraction', 'labels'], columns='arm', values='cell')[list(dict.fromkeys(table.arm))]
-    return wide.reset_index().drop(columns='fraction').rename_axis(columns=None)
+    return wide.fillna('').reset_index().drop(columns='fraction').rename_axis(columns=None)
 
 def markdown(frame:pd.DataFrame)->str:
     "A data frame as a Markdown table."
