@@ -34,7 +34,9 @@ class Shelf(SimpleHTTPRequestHandler):
 
     def do_GET(self):
         s, path = self.server, Path(self.translate_path(self.path))
-        s.served.append((path.name, self.headers.get('Range')))
+        asking = path.name, self.headers.get('Range')
+        s.served.append(asking)
+        first = s.served.count(asking) == 1
         mood = s.mood if s.only is None or s.only in path.name else ''
         if mood == 'redirect' and not self.path.startswith('/moved'):
             self.send_response(302)
@@ -42,7 +44,7 @@ class Shelf(SimpleHTTPRequestHandler):
             self.send_header('Content-Length', '0')
             return self.end_headers()
         path = Path(str(path).replace('/moved', ''))
-        if mood == 'down' or mood == 'busy' and s.served.count(s.served[-1]) == 1: return self.send_error(503)
+        if mood == 'down' or mood == 'busy' and first: return self.send_error(503)
         if not path.is_file(): return self.send_error(404)
         size = path.stat().st_size
         asked = re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers.get('Range', ''))
@@ -57,7 +59,7 @@ class Shelf(SimpleHTTPRequestHandler):
         if mood == 'no content-range': del head['Content-Range']
         if mood == 'long': data += b'xx'
         if mood == 'slow': time.sleep(.02)
-        self._send(206, data, head, cut=mood == 'cutting' and len(s.served) % 3 == 0 or mood == 'always cutting')
+        self._send(206, data, head, cut=mood == 'cutting' and first or mood == 'always cutting')
 
     def _send(self, status, data, head, cut=False):
         self.send_response(status)
