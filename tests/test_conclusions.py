@@ -1,4 +1,7 @@
 "The page of conclusions against slow computations, with arms missing, with one seed, and with none."
+import itertools
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,9 +96,9 @@ GOOD, BAD = [[0.70], [0.71], [0.72], [0.73]], [[0.5], [0.51], [0.52], [0.5302]]
 def test_a_verdict_for_each_case(frames, want, work):
     data = pd.concat(frames, ignore_index=True)
     assert c.verdict(3, data)[0] == want
-    page = c.conclusions(data, work)
-    said = page[page.index('### 3.'):page.index('### 4.')]
-    assert c.VERDICTS[want].split(':')[0][1:] in said and 'nan' not in page
+    made = c.conclusions(data, work)
+    assert f'**{c.VERDICTS[want]}**' in next(line for line in made.page.split('\n') if line.startswith('- **Claim 3**')) and 'nan' not in made.page
+    assert ('### 3.' in made.page) == (want != 'untested') and len(made.claims) == len(c.verdict(3, data)[1])
 
 
 def test_claims_one_and_two_ask_for_their_own_arms():
@@ -121,10 +124,119 @@ def test_ranks_stay_within_a_protocol(work):
     assert (euro.value, euro.below, euro.others) == (95.7, 0, 12)
 
 
+# ---- experiments ----
+
+FLOOR = dict(pretrain='none, random filters', targets='', encoder='', epochs=0.)
+
+
+@pytest.mark.parametrize('group, kind, want', [
+    ('eurosat-all', 'pretrained', ('eurosat', 'all')), ('eurosat-atto-image_only', 'image alone', ('eurosat-atto', 'image only')), ('bench', 'random weights', ('', 'bench')),
+    ('eurosat-random_filters', 'random filters', ('eurosat', 'random filters')), ('eurosat-random_filters-stages', 'random filters', ('eurosat', 'random filters')),
+    ('eurosat-protocols image_statistics', 'image statistics', ('eurosat-protocols', 'image statistics')), ('big-test untrained-atto', 'random weights', ('big-test', 'untrained-atto')),
+    ('released pt-all_mod_atto_1M_64_uncertainty_56-8', 'pretrained', ('released', 'pt-all_mod_atto_1M_64_uncertainty_56-8'))])
+def test_a_group_belongs_to_an_experiment(group, kind, want): assert c._named(group, kind) == want
+
+
+def test_a_floor_is_lent_on_the_same_images_only():
+    lender = [rows('eurosat-all'), rows('eurosat-random_filters', ((0.8, 0.82),), **FLOOR)]
+    def found(*frames):
+        data = c.by_experiment(pd.concat([*lender, *frames], ignore_index=True))
+        return data[(data.experiment == 'atto') & (data.kind == 'random filters')]
+    borrower = rows('atto-all')
+    assert set(found(borrower).value) == {0.8, 0.82} and set(found(borrower).run_id) == {'eurosat-random_filters-s0'}
+    for other in (borrower.assign(n_test=7), borrower.assign(task='m-eurosat'), borrower.assign(protocol='knn')): assert found(other).empty
+    own = rows('atto-random_filters', ((0.3, 0.3),), **FLOOR)
+    assert set(found(borrower, own).value) == {0.3}
+    twice = c.by_experiment(pd.concat([*lender, borrower, rows('third-all'), rows('fourth-random_filters', ((0.1, 0.1),), **FLOOR)], ignore_index=True))
+    assert twice[twice.experiment.isin(('atto', 'third'))].groupby(['experiment', 'arm', 'seed']).size().max() == 2  # of one lender; two pretraining seeds of `all`
+
+
+def test_pairs_stay_within_an_experiment():
+    data = pd.concat([rows(f'{e}-{a}', targets=t, **(dict(pretrain='none, random weights', epochs=0.) if a == 'random' else {})) for e in ('one', 'two') for a, t in (('all', 'all'), ('s2', 'S2'), ('random', ''))])
+    pairs = c.comparisons(data)
+    assert pairs.groupby('experiment').size().to_dict() == dict(one=3, two=3)
+    assert {(r.arm, r.baseline): r.against for r in pairs.itertuples()} == {('all', 's2'): 'image alone', ('all', 'random'): 'random weights', ('s2', 'random'): 'random weights'}
+
+
+@pytest.mark.parametrize('other, want', [(dict(), 'image alone'), (dict(encoder='Tiny'), ''), (dict(epochs=5.), ''), (dict(pretrain='MMEarth'), ''), (dict(input='BGR', targets='BGR'), '')])
+def test_the_image_alone_is_a_baseline_of_its_like(other, want):
+    assert c.comparisons(pd.concat([rows('t-all'), rows('t-s2', **(dict(targets='S2') | other))])).against.tolist() == [want]
+
+
+# ---- marks ----
+
+SIDES = {'▲': [[0.80], [0.81], [0.82]], '▼': [[0.20], [0.21], [0.22]], '△': [[0.52], [0.521], [0.523]], '▽': [[0.48], [0.479], [0.477]], '·': [[0.5], [0.52], [0.48]]}
+
+
+@pytest.mark.parametrize('mark', SIDES)
+def test_a_mark_for_each_case(mark):
+    data = pd.concat([rows('t-all', SIDES[mark], width=0.05), rows('t-s2', [[0.5], [0.5], [0.5]], targets='S2', width=0.05)])
+    table = c.marks_table(c.comparisons(data))
+    assert table['against image alone (s2)'].tolist() == [mark]
+    line = c.in_short(c.scores(data), c.comparisons(data)).iloc[0]
+    assert line['against image alone'] == ('none of 1' if mark == '·' else f'1 {mark} of 1') and ('above all others' in line['best with all labels']) == (mark in '▲▼')
+
+
+def test_marks_stand_at_their_share_and_split():
+    frames = []
+    for i, (split, f) in enumerate(itertools.product(('test_image', 'test_region'), (0.01, 0.05, 1.0))):
+        frames += [rows('t-all', SIDES['▲▼·△▽▲'[i]], width=0.05, split=split, fraction=f), rows('t-s2', [[0.5], [0.5], [0.5]], targets='S2', width=0.05, split=split, fraction=f)]
+    table = c.marks_table(c.comparisons(pd.concat(frames)))
+    assert table['against image alone (s2)'].item() == '▲▼· / △▽▲' and table['1 %'].item() == '81.0 / 52.1' and table['100 %'].item() == '50.0 / 81.0'
+    short = c.marks_table(c.comparisons(pd.concat(frames[:-2])))
+    assert short['against image alone (s2)'].item() == '▲▼· / △▽–'
+
+
+def test_neighbours_are_shown_where_nothing_else_is():
+    both = pd.concat([rows(f't-{a}', targets=t, protocol=p) for p in ('knn', 'linear') for a, t in (('all', 'all'), ('s2', 'S2'))])
+    assert c.marks_table(c.comparisons(both)).reader.tolist() == ['linear probe']
+    assert c.marks_table(c.comparisons(both[both.protocol == 'knn'])).reader.tolist() == ['nearest neighbours']
+
+
+def test_the_clearest_cells_are_the_farthest_from_zero():
+    rng, frames = np.random.default_rng(3), []
+    for f in (0.01, 0.05, 0.5, 1.0):
+        for p in ('knn', 'linear', 'finetune'): frames += [rows('all', 0.5 + 0.05 * rng.normal() + 0.01 * rng.normal(size=(4, 1)), fraction=f, protocol=p), rows('S2', 0.5 + 0.01 * rng.normal(size=(4, 1)), fraction=f, protocol=p, targets='S2')]
+    _, cells = c.verdict(3, pd.concat(frames))
+    lines = [re.split(r' \| ', line) for line in c._clearest(cells).split('\n')[2:-1]]
+    low, high = cells[cells.difference > 0].low.nlargest(2), cells[cells.difference < 0].high.nsmallest(2)
+    assert [line[4] for line in lines] == [f'{100 * r.difference:+.1f} ({100 * r.low:+.1f} to {100 * r.high:+.1f})' for i in (*low.index, *high.index) for r in [cells.loc[i]]]
+
+
+# ---- figure ----
+
+def test_the_figure_draws_every_pair_once():
+    data = pd.concat([rows(f't-{a}', v, targets=t, fraction=f, width=0.05) for f in (0.01, 1.0) for a, t, v in (('all', 'all', SIDES['▲']), ('pixel', 'pixel', SIDES['△']), ('s2', 'S2', SIDES['·']))])
+    drawn = c.drawn_pairs(c.comparisons(data))
+    figure = c.differences_figure(drawn)
+    ax, = figure.axes
+    points = sorted(round(float(line.get_xdata()[0]), 6) for line in ax.lines if line.get_marker() in 'osD^vPX' and len(line.get_xdata()) == 1)
+    assert points == sorted(round(100 * d, 6) for d in drawn.difference) and len(points) == 4
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['1 %', '100 %']
+    with pytest.raises(ValueError, match='at least two pairs'): c.differences_figure(drawn[:0])
+
+
+# ---- the page ----
+
+def test_a_page_of_everything_at_once_stays_short(work):
+    "Three experiments of five arms, two readers, four shares and two splits: some 17 lines for each, no line for a pair."
+    arms, frames = dict(all='all', pixel='pixel', image='image', s2='S2', random=''), []
+    for e, (a, t), p, f, s in itertools.product(range(3), arms.items(), ('linear', 'linear-stages'), (0.01, 0.05, 0.5, 1.0), ('test_image', 'test_region')):
+        frames.append(rows(f'e{e}-{a}', targets=t, protocol=p, fraction=f, split=s, **(dict(pretrain='none, random weights', epochs=0.) if a == 'random' else {})))
+    made = c.conclusions(pd.concat(frames, ignore_index=True), work)
+    assert len(made.pairs) == 3 * 10 * 16 and made.page.count('\n') < 65 + 3 * 17
+
+
 def test_the_kept_runs_make_a_page(work):
     runs = load_runs()
     data = described(result_rows(runs), runs)
-    page = c.conclusions(data, work)
-    every = c.comparisons(data)
-    assert f'{len(every)} comparisons' in page and 'nan' not in page and page.count('\n## ') == 4
-    assert set(every.groupby(['arm', 'baseline']).task.nunique()) == {1} or data.task.nunique() > 2
+    made = c.conclusions(data, work)
+    told = made.pairs[made.pairs.against != '']
+    assert f'In {len(told)} comparisons' in made.page and 'nan' not in made.page and made.page.count('\n## ') == 4
+    assert made.page.count('\n') <= 60 + 18 * len(told.groupby(['experiment', 'task']))
+    for column, want in (('claims', len(c.verdict(3, data)[1])), ('pairs', None)):
+        table = getattr(made, column)
+        assert (len(table) == want if want is not None else len(table) >= len(told)) and not table.duplicated([k for k in ('claim', 'experiment', 'arm', 'baseline', *c.CELLS) if k in table]).any()
+    marks = ''.join(''.join(t) for t in re.findall(r'[▲△▽▼]+', made.page.split('## Where intervals part')[1].split('\n', 3)[3]))
+    shown = told[[p in c._ordered_protocols(told[(told.experiment == e) & (told.task == t)].protocol) for e, t, p in zip(told.experiment, told.task, told.protocol)]]
+    assert {m: marks.count(m) for m in '▲▼'} == {'▲': (shown.part == 'above').sum(), '▼': (shown.part == 'below').sum()}
