@@ -227,10 +227,10 @@ def claims_text(judged:dict, # claim -> what `verdict` says of it
         if said == 'untested': continue
         up, down = cells.low > 0, cells.high < 0
         shares = [f'`{a}` against `{b}` {len(c)} cells, {int(up[c.index].sum())} above and {int(down[c.index].sum())} below' for (a, b), c in cells.groupby(['arm', 'baseline'], sort=False)]
-        text += [f'### {claim}. {CLAIMS[claim][0]}', '', f'{VERDICTS[said][0].upper()}{VERDICTS[said][1:]}. Of {len(cells)} cells, with at most {cells.pairs.max()} pairs each, {int((cells.counts > 0).sum())} count for the claim and {int((cells.counts < 0).sum())} against it. '
+        text += [f'### {claim}. {CLAIMS[claim][0]}', '', f'{VERDICTS[said][0].upper()}{VERDICTS[said][1:]}. Of {len(cells)} cells, with at most {cells.pairs.max()} pairs each, {(cells.counts > 0).sum() or "none"} count for the claim and {(cells.counts < 0).sum() or "none"} against it. '
                  f'By the interval of its own pairs alone, {int(up.sum())} lie above zero and {int(down.sum())} below: {"; ".join(shares)}. Those that speak most clearly; the others are in [a table of all](tables/paper-claims.csv):', '', _clearest(cells)]
     measured = (places.whose == 'measured here').any()
-    return '\n'.join([*text, '### 4. The method compares well with earlier work', '', 'Larger and later models are among the others.' + ('' if measured else ' None of our runs has a score under a protocol that others report. What is reported of MP-MAE:'), '', *_places(places), ''])
+    return '\n'.join([*text, '### 4. The method compares well with earlier work', '', 'Larger and later models are among the others; sources are in [other work](tables/paper-other_work.md).' + ('' if measured else ' None of our runs has a score under a protocol that others report. What is reported of MP-MAE:'), '', *_places(places), ''])
 
 # %% ../nbs/36_conclusions.ipynb #marks
 MARKS = {'▲': 'above', '△': 'above by pairs only', '▽': 'below by pairs only', '▼': 'below', '·': 'not told apart'}
@@ -289,7 +289,8 @@ def in_short(table:pd.DataFrame, # of `scores`
     "Which arm is best, and whether trained arms part from what they are measured against."
     lines = []
     for (experiment, task), part, mine in _told_pairs(table, pairs):
-        fractions, split, runs = (mine.fraction.max(), mine.fraction.min()), mine.split.iloc[0], part[~part.kind.isin((*_FLOORS, 'random weights'))].runs.max()
+        split, runs = mine.split.iloc[0], part[~part.kind.isin((*_FLOORS, 'random weights'))].runs.max()
+        fractions = [f(mine[mine.split == split].fraction) for f in (max, min)]
         line = {'experiment': f'**{experiment or "unnamed"}**', 'task': TASK_NAMES.get(task, task) + (', synthetic Earth' if part.invented.any() else ''), 'seeds': runs,
                 'best with all labels': _best(_field(part, fractions[0], split)), 'best with few labels': f'{percent(fractions[1])}: {_best(_field(part, fractions[1], split))}' if fractions[1] < fractions[0] else ''}
         for kind in BASELINES:
@@ -362,9 +363,9 @@ def _experiments(table:pd.DataFrame, pairs:pd.DataFrame)->list[str]:
     for (experiment, task), part, mine in _told_pairs(table, pairs):
         splits, shares, metric = list(dict.fromkeys(mine.split)), sorted(set(mine.fraction)), METRICS.get(mine.metric.iloc[0], mine.metric.iloc[0])
         text += [f'### {experiment or "unnamed"}: {TASK_NAMES.get(task, task)}', '', f'{metric[0].upper()}{metric[1:]} in %; {" / ".join(SPLITS.get(s, s) + (f" ({n:,.0f})" if (n := mine[mine.split == s].n_test.median()) > 0 else "") for s in splits)}; labels: {", ".join(map(percent, shares))}.']
-        for f in dict.fromkeys((shares[-1], shares[0])):
-            field = _field(part, f, splits[0])
-            text.append(f'With {percent(f)}, {", ".join((PROTOCOL_NAMES.get(p := field.protocol.iloc[0], p), SPLITS.get(splits[0], splits[0])))}: {", ".join(f"{a} {100 * m:.1f}" for a, m in zip(field.arm, field["mean"]))}.')
+        first = set(mine[mine.split == splits[0]].fraction)
+        fields = {f: _field(part, f, splits[0]) for f in dict.fromkeys((max(first), min(first)))}
+        text[-1] += ''.join(f' With {percent(f)} ({PROTOCOL_NAMES.get(p := t.protocol.iloc[0], p)}, {SPLITS.get(splits[0], splits[0])}): {", ".join(f"{a} {100 * m:.1f}" for a, m in zip(t.arm, t["mean"]))}.' for f, t in fields.items())
         text += ['', markdown(marks_table(mine))]
     return text
 

@@ -187,6 +187,14 @@ def test_marks_stand_at_their_share_and_split():
     assert short['against image alone (s2)'].item() == '▲▼· / △▽–'
 
 
+def test_splits_may_have_other_shares(work):
+    frames = [rows(f't-{a}', targets=t, split=s, fraction=f) for s, f in (('test_image', 0.05), ('test_image', 0.5), ('test_region', 0.01), ('test_region', 1.0)) for a, t in (('all', 'all'), ('s2', 'S2'))]
+    data = pd.concat(frames)
+    assert c.in_short(c.scores(data), c.comparisons(data))['best with few labels'].item().startswith('5 %: ')
+    page = c.conclusions(data, work).page
+    assert 'labels: 1 %, 5 %, 50 %, 100 %. With 50 % (linear probe, held-out images): all 53.0, s2 53.0. With 5 % (' in page and '| –··– / ·––· |' in page
+
+
 def test_neighbours_are_shown_where_nothing_else_is():
     both = pd.concat([rows(f't-{a}', targets=t, protocol=p) for p in ('knn', 'linear') for a, t in (('all', 'all'), ('s2', 'S2'))])
     assert c.marks_table(c.comparisons(both)).reader.tolist() == ['linear probe']
