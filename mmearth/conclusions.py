@@ -191,7 +191,7 @@ def ranks(work:pd.DataFrame, # of `other_work`
 def claim_cells(judged:dict, # claim -> what `verdict` says of it
                )->pd.DataFrame: # claim, arm, baseline, CELLS, of `paired`, corrected, counts
     "The cells behind all claims as one table."
-    return pd.concat([cells.assign(claim=claim) for claim, (_, cells) in judged.items()], ignore_index=True)[['claim', 'arm', 'baseline', *CELLS, *_PAIR, 'corrected', 'counts']]
+    return pd.concat([cells.assign(claim=claim) for claim, (_, cells) in judged.items()], ignore_index=True)[['claim', 'arm', 'baseline', *CELLS, *_PAIR, 'corrected', 'counts']].infer_objects()  # cells of an untested claim have no dtype
 
 def _names(r)->list[str]:
     "Task, reader, share of the labels and split of a cell in words."
@@ -291,7 +291,7 @@ def in_short(table:pd.DataFrame, # of `scores`
     for (experiment, task), part, mine in _told_pairs(table, pairs):
         split, runs = mine.split.iloc[0], part[~part.kind.isin((*_FLOORS, 'random weights'))].runs.max()
         fractions = [f(mine[mine.split == split].fraction) for f in (max, min)]
-        line = {'experiment': f'**{experiment or "unnamed"}**', 'task': TASK_NAMES.get(task, task) + (', synthetic Earth' if part.invented.any() else ''), 'seeds': runs,
+        line = {'experiment': f'**{experiment or "unnamed"}**', 'task': f'{TASK_NAMES.get(task, task)}, {SPLITS.get(split, split)}' + (', synthetic Earth' if part.invented.any() else ''), 'seeds': runs,
                 'best with all labels': _best(_field(part, fractions[0], split)), 'best with few labels': f'{percent(fractions[1])}: {_best(_field(part, fractions[1], split))}' if fractions[1] < fractions[0] else ''}
         for kind in BASELINES:
             counts = pd.Series([_mark(r) for r in mine[mine.against == kind].itertuples()], dtype=object).value_counts()
@@ -396,8 +396,8 @@ def conclusions(rows:pd.DataFrame, # of `described`
     told, measured = pairs[pairs.against != ''], places[places.whose == 'measured here']
     text = [*_opening(rows, told), '## In short', '', *(f'- **Claim {c}**, {CLAIMS[c][0][0].lower()}{CLAIMS[c][0][1:]}: **{VERDICTS[judged[c][0]]}**.' for c in CLAIMS),
             '- **Claim 4**, the method compares well with earlier work: ' + (f'scores measured here are above {measured.below.sum()} of {measured.others.sum()} scores of others.' if len(measured) else '**cannot be told: no kept run has a score under a protocol that others report**.'), '']
-    if len(told): text += ['The best arm on the first split, in %, and how often trained arms are above and below a baseline, counted over readers, shares of the labels and splits:', '', markdown(in_short(table, told))]
-    if len(drawn_pairs(told)): text += ['![Trained arms minus baselines, by share of the labels](figures/paper-conclusions.png)', '', 'Bars are intervals of the paired differences, an arrow where a bar goes on; a hollow point is one pair. Most is known of a difference whose bar leaves out zero and whose point lies outside the grey.', '']
+    if len(told): text += ['The best arm on the test split that is named, in %; and how often trained arms are above and below a baseline, counted over all readers, shares of the labels and splits:', '', markdown(in_short(table, told))]
+    if len(drawn_pairs(told)): text += ['![Trained arms minus baselines, by share of the labels](figures/paper-conclusions.png)', '', 'Bars are intervals of the paired differences on the first test split, an arrow where a bar goes on; a hollow point is one pair. Most is known of a difference whose bar leaves out zero and whose point lies outside the grey.', '']
     text += ['## Claims of the paper', '', 'A pair of arms tests a claim when it differs in what the claim is about and in nothing else. A cell is a task, reader, share of labels and split; it counts when its p-value, corrected over the cells of the claim by Holm\'s method, is below 0.05 and its difference is larger than the luck of the test images. Runs on synthetic Earth are left out.', '', claims_text(judged, places),
              '## Where intervals part', '', 'One mark for each share of the labels, from few to all; a slash between splits. ▲ ▼ the intervals of the arms part; △ ▽ only that of the paired differences leaves out zero; · not told apart; – not measured.' + (' Nearest neighbours are in [all pairs](tables/paper-pairs.csv).' if told.protocol.str.startswith('knn').any() else '') if len(told) else 'There is nothing to compare.', '',
              *_experiments(table, told), '## What this page cannot know', '', *_unknown(table, told)]

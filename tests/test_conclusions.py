@@ -245,6 +245,7 @@ def test_the_kept_runs_make_a_page(work):
     for column, want in (('claims', len(c.verdict(3, data)[1])), ('pairs', None)):
         table = getattr(made, column)
         assert (len(table) == want if want is not None else len(table) >= len(told)) and not table.duplicated([k for k in ('claim', 'experiment', 'arm', 'baseline', *c.CELLS) if k in table]).any()
+    assert made.claims.difference.dtype == made.pairs.difference.dtype == float  # else `round` passes over them
     marks = ''.join(''.join(t) for t in re.findall(r'[▲△▽▼]+', made.page.split('## Where intervals part')[1].split('\n', 3)[3]))
     shown = told[[p in c._ordered_protocols(told[(told.experiment == e) & (told.task == t)].protocol) for e, t, p in zip(told.experiment, told.task, told.protocol)]]
     assert {m: marks.count(m) for m in '▲▼'} == {'▲': (shown.part == 'above').sum(), '▼': (shown.part == 'below').sum()}
