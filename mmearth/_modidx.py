@@ -1259,6 +1259,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.tables.setting': ('tables.html#setting', 'mmearth/tables.py'),
                                 'mmearth.tables.table_page': ('tables.html#table_page', 'mmearth/tables.py'),
                                 'mmearth.tables.task_metrics': ('tables.html#task_metrics', 'mmearth/tables.py'),
+                                'mmearth.tables.task_name': ('tables.html#task_name', 'mmearth/tables.py'),
                                 'mmearth.tables.work_page': ('tables.html#work_page', 'mmearth/tables.py')},
             'mmearth.together': { 'mmearth.together.Stopped': ('together.html#stopped', 'mmearth/together.py'),
                                   'mmearth.together.anywhere': ('together.html#anywhere', 'mmearth/together.py'),

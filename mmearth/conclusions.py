@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats
 from .compare import METRICS, PROTOCOL_NAMES, SPLITS, comparison_table, markdown, percent, t_interval
-from .tables import FLOORS, SETTING, TASK_NAMES, main_rows
+from .tables import FLOORS, SETTING, TASK_NAMES, main_rows, task_name
 
 # %% ../nbs/36_conclusions.ipynb #paired
 _INVENTED = 'synthetic|standin|scenes-'  # data and tasks of synthetic Earth
@@ -195,7 +195,7 @@ def claim_cells(judged:dict, # claim -> what `verdict` says of it
 
 def _names(r)->list[str]:
     "Task, reader, share of the labels and split of a cell in words."
-    return [TASK_NAMES.get(r.task, r.task), PROTOCOL_NAMES.get(r.protocol, r.protocol), percent(r.fraction), SPLITS.get(r.split, r.split)]
+    return [task_name(r.task), PROTOCOL_NAMES.get(r.protocol, r.protocol), percent(r.fraction), SPLITS.get(r.split, r.split)]
 
 def _clearest(cells:pd.DataFrame, many:int=2)->str:
     "The cells that speak most clearly, as a Markdown table."
@@ -291,7 +291,7 @@ def in_short(table:pd.DataFrame, # of `scores`
     for (experiment, task), part, mine in _told_pairs(table, pairs):
         split, runs = mine.split.iloc[0], part[~part.kind.isin((*_FLOORS, 'random weights'))].runs.max()
         fractions = [f(mine[mine.split == split].fraction) for f in (max, min)]
-        line = {'experiment': f'**{experiment or "unnamed"}**', 'task': f'{TASK_NAMES.get(task, task)}, {SPLITS.get(split, split)}' + (', synthetic Earth' if part.invented.any() else ''), 'seeds': runs,
+        line = {'experiment': f'**{experiment or "unnamed"}**', 'task': f'{task_name(task)}, {SPLITS.get(split, split)}' + (', synthetic Earth' if part.invented.any() else ''), 'seeds': runs,
                 'best with all labels': _best(_field(part, fractions[0], split)), 'best with few labels': f'{percent(fractions[1])}: {_best(_field(part, fractions[1], split))}' if fractions[1] < fractions[0] else ''}
         for kind in BASELINES:
             counts = pd.Series([_mark(r) for r in mine[mine.against == kind].itertuples()], dtype=object).value_counts()
@@ -362,7 +362,7 @@ def _experiments(table:pd.DataFrame, pairs:pd.DataFrame)->list[str]:
     text = []
     for (experiment, task), part, mine in _told_pairs(table, pairs):
         splits, shares, metric = list(dict.fromkeys(mine.split)), sorted(set(mine.fraction)), METRICS.get(mine.metric.iloc[0], mine.metric.iloc[0])
-        text += [f'### {experiment or "unnamed"}: {TASK_NAMES.get(task, task)}', '', f'{metric[0].upper()}{metric[1:]} in %; {" / ".join(SPLITS.get(s, s) + (f" ({n:,.0f})" if (n := mine[mine.split == s].n_test.median()) > 0 else "") for s in splits)}; labels: {", ".join(map(percent, shares))}.']
+        text += [f'### {experiment or "unnamed"}: {task_name(task)}', '', f'{metric[0].upper()}{metric[1:]} in %; {" / ".join(SPLITS.get(s, s) + (f" ({n:,.0f})" if (n := mine[mine.split == s].n_test.median()) > 0 else "") for s in splits)}; labels: {", ".join(map(percent, shares))}.']
         first = set(mine[mine.split == splits[0]].fraction)
         fields = {f: _field(part, f, splits[0]) for f in dict.fromkeys((max(first), min(first)))}
         text[-1] += ''.join(f' With {percent(f)} ({PROTOCOL_NAMES.get(p := t.protocol.iloc[0], p)}, {SPLITS.get(splits[0], splits[0])}): {", ".join(f"{a} {100 * m:.1f}" for a, m in zip(t.arm, t["mean"]))}.' for f, t in fields.items())
