@@ -66,7 +66,7 @@ def check_store(store:TileSet, recipe:Recipe):
     except KeyError as e: raise RecipeError(f'bands: {e.args[0]}') from e
     if recipe.crop > store.size: raise RecipeError(f'crop: {recipe.crop} is larger than the tiles of {store.root.name} ({store.size} pixels)')
     n = len(store.rows(recipe.split))
-    if not n: raise RecipeError(f'split: {store.root.name} has no rows in {recipe.split!r}')
+    if not n: raise RecipeError(f'split: {store.root.name} has no tiles in {recipe.split!r}; name another split, or make one: `mmearth split {store.root}`, then `mmearth pack {store.root} --split geographic/train`, and pretrain on the pack')
     if recipe.epochs and not updates(recipe, n): raise RecipeError(f'epochs: {recipe.epochs:g} of {n} samples are less than one update of {recipe.batch * recipe.accumulate}; lower batch or accumulate')
 
 # %% ../nbs/21_pretrain.ipynb #check-statistics
@@ -140,7 +140,8 @@ def checkpoints(out:Path)->list[Path]:
 def latest(out:Path)->Path:
     "The newest checkpoint of a run."
     found = checkpoints(out)
-    if not found: raise WeightsError(f'{Path(out).name} has no checkpoint; pretrain first, or give the folder of a run')
+    if not found: raise WeightsError(f'{Path(out).name} has no checkpoint; ' + (f'what was kept of it is without weights: `mmearth replay {Path(out).name} --into runs` makes them again, in runs/{Path(out).name}'
+        if (Path(out) / 'params.json').is_file() else 'pretrain first, or give the folder of a run'))
     return found[-1]
 
 def moments(model:MPMAE, optimiser:torch.optim.Optimizer)->dict[str, torch.Tensor]:
