@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download', 'fetch', 'verify', 'card', 'serve', 'synthetic',
-           'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'run', 'pretrain',
+           'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'Pairs', 'run', 'pretrain',
            'experiment', 'rehearse', 'replay']
 
 # %% ../nbs/59_cli.ipynb #imports
@@ -257,26 +257,25 @@ def share(root:Annotated[Path, typer.Argument(metavar='PACK', help='a pack; or, 
     typer.echo(sharing.unshare(root, out) if back else sharing.share(import_module('mmearth.pack').Pack(root), out, codec, level))
 
 # %% ../nbs/59_cli.ipynb #run-commands
-@app.command()
-def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='reports/runs/RUN_ID is made')],
-        params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a parameter of the notebook; may be repeated', show_default=False)]=(),
-        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters', show_default=False)]=None, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
+class Pairs(typer.core.TyperCommand):
+    "A command whose parameters are written -p KEY VALUE or -p KEY=VALUE."
+    def parse_args(self, ctx, args): return super().parse_args(ctx, import_module('mmearth.report').paired(args) if '-p' in args else args)
+
+_Params = Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a parameter, also written -p KEY VALUE; a list as a,b; may be repeated', show_default=False)]
+_Recipe = Annotated[str, typer.Argument(help='YAML file, or the name of one in nbs/runs/recipes, such as mini')]
+
+@app.command(cls=Pairs)
+def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='name of the folder that is made')], params:_Params=(),
+        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters, or the name of one of ours, such as mini', show_default=False)]=None,
+        into:Annotated[str, typer.Option(help='folder that receives RUN_ID; reports/runs for a run that is to be kept')]='runs', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
     "Execute a run notebook and keep it. Parameters are checked against those it declares."
-    bare = [p for p in params if '=' not in p]
-    if bare: raise ValueError(f'-p {bare[0]}: write KEY=VALUE, as in -p epochs=2')
-    words = [w for p in params for w in ('-p', *p.split('=', 1))]
-    typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
+    words = [w for p in params for w in ('-p', p)]
+    typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, '--into', into, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
 
-def _recipe(path:Path, params:list[str]):
-    "A recipe of a file, with values given as KEY=VALUE in its place."
-    parse = import_module('yaml').safe_load
-    return import_module('mmearth.recipe').load_recipe(path, **{k: parse(v) for k, _, v in (p.partition('=') for p in params)})
-
-@app.command()
-def pretrain(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')],
-             params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(), progress:_Progress=True):
+@app.command(cls=Pairs)
+def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')], params:_Params=(), progress:_Progress=True):
     "Pretrain from a recipe, without a notebook. Under torchrun on several GPUs; stopped by SIGTERM it ends with code 75 and goes on when called again."
-    chosen, training, joined = _recipe(recipe, params), import_module('mmearth.pretrain'), import_module('mmearth.together')
+    chosen, training, joined = import_module('mmearth.report').recipe_with(recipe, params), import_module('mmearth.pretrain'), import_module('mmearth.together')
     with joined.together():
         try: run = training.pretrain(chosen, import_module('mmearth.experiment').open_data(chosen.data), out, progress=progress)
         except joined.Stopped as e:
@@ -291,16 +290,15 @@ def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/ex
     import_module('mmearth.experiment').main([name, *(['--into', into] if into else []), '--jobs', str(jobs)])
 
 # %% ../nbs/59_cli.ipynb #again-commands
-@app.command()
-def rehearse(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(),
-             seconds:Annotated[float, typer.Option(help='time for the updates that are measured')]=10.):
+@app.command(cls=Pairs)
+def rehearse(recipe:_Recipe, params:_Params=(), seconds:Annotated[float, typer.Option(help='time for the updates that are measured')]=10.):
     "Rate, hours, waiting and overhead of a pretraining, from a few of its updates measured here."
-    chosen = _recipe(recipe, params)
-    found = import_module('mmearth.rehearsal').rehearse(chosen, import_module('mmearth.experiment').open_data(chosen.data), seconds)
-    for key, value in found.items(): typer.echo(f'{key}: {value:,.4g}' if isinstance(value, float) else f'{key}: {value:,}')
+    chosen, rehearsing = import_module('mmearth.report').recipe_with(recipe, params), import_module('mmearth.rehearsal')
+    found = rehearsing.rehearse(chosen, import_module('mmearth.experiment').open_data(chosen.data), seconds)
+    for line in rehearsing.told(found): typer.echo(line)
 
 @app.command()
-def replay(run_id:Annotated[str, typer.Argument(help='folder in reports/runs')], runs:Annotated[str, typer.Option(help='where runs are kept')]='reports/runs',
+def replay(run_id:Annotated[str, typer.Argument(help='name of its folder')], runs:Annotated[str, typer.Option(help='where runs are kept; reports/runs, then runs, by default', show_default=False)]='',
            into:Annotated[str, typer.Option(help='folder to keep the second run in; thrown away by default', show_default=False)]='', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
     "Run a kept run again from its folder and compare what comes out."
     compared, other = import_module('mmearth.replay').replay(run_id, runs, into, quiet)

@@ -200,16 +200,18 @@ def test_thin_calls_pass_the_same_names(monkeypatch, tmp_path):
     monkeypatch.setattr(mmearth.report, 'main', got.append)
     monkeypatch.setattr(mmearth.experiment, 'main', got.append)
     assert call('download', 'MMEarth64', '--root', tmp_path, '--mirrors', 'http://a,http://b', '--no-checksum', '--no-progress') == f'{tmp_path / "a"}\n'
-    call('run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '-q', '-f', 'x.yaml')
+    call('run', 'pretrain', 'mine', '-p', 'epochs', '2', '-p', 'tasks=["a=b"]', '-q', '-f', 'x.yaml')
     call('experiment', 'demo', '--jobs', 2, '--into', 'there')
     assert got == [(('MMEarth64', tmp_path), dict(mirrors=['http://a', 'http://b'], progress=False, checksum=False)),
-                   ['run', 'pretrain', 'mine', '-p', 'epochs', '2', '-p', 'tasks', '["a=b"]', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
+                   ['run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '--into', 'runs', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
 
 
 @pytest.mark.parametrize('words, says', [
     (['download', 'MMEarth65', '--root', 'here'], 'MMEarth65'), (['query', 'nowhere'], 'nowhere: no such folder'), (['show', 'nowhere', '3'], 'no such folder'),
     (['pack', 'nowhere', 'there'], 'no such folder'), (['fetch', 'http://127.0.0.1:9/a.h5', 'there', '--rows', '1-x'], "'1-x' is no number"), (['run', 'no-such', 'x'], 'no-such.ipynb'),
-    (['run', 'pretrain', 'x', '-p', 'a'], 'KEY=VALUE'), (['run', 'pretrain', 'x', '-p', 'a=1'], "no parameter 'a'"), (['share', 'nowhere', 'there'], 'nowhere'), (['stats', 'nowhere'], 'no such folder')])
+    (['run', 'pretrain', 'x', '-p', 'a'], 'KEY=VALUE'), (['pretrain', 'nosuch.yaml', 'out'], 'no recipe nosuch.yaml: no such file; give a YAML file, or one of ours by its name: demo, eurosat, mini'),
+    (['pretrain', 'mini', 'out', '-p', 'clip'], '-p clip: write -p KEY VALUE'), (['pretrain', 'mini', 'out', '-p', 'blr', 'fast'], 'blr: float is needed'), (['rehearse', 'mini', '-p', 'epoch=1'], "did you mean 'epochs'"),
+    (['run', 'pretrain', 'x', '-p', 'a=1'], "no parameter 'a'"), (['share', 'nowhere', 'there'], 'nowhere'), (['stats', 'nowhere'], 'no such folder')])
 def test_errors_are_one_line(words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = call(*words, code=1)
@@ -262,8 +264,12 @@ def test_a_real_process_and_ctrl_c(tiny_store, tmp_path):
 def test_what_a_recipe_costs_and_whether_a_run_comes_out_again(tmp_path):
     recipe, runs = tmp_path / 'r.yaml', os.path.relpath(tmp_path / 'runs')
     recipe.write_text('data: synthetic-64\nepochs: 1\ndecoder_width: 32\n')
-    told = dict(line.split(': ') for line in call('rehearse', recipe, '-p', 'epochs=2', '--seconds', '0.2').splitlines())
-    assert told['updates'] == '8' and float(told['hours']) > 0 and float(told['samples_per_second'].replace(',', '')) > 1
+    said = call('rehearse', recipe, '-p', 'epochs', '2', '--seconds', '0.2')
+    told = dict(line.split(': ', 1) for line in said.splitlines())
+    number = lambda key, unit: float(re.fullmatch(rf'([\d.,e-]+) {unit}', told[key])[1].replace(',', ''))
+    assert number('updates', 'updates in all') == 8 and number('hours', 'hours in all') > 0 and number('samples_per_second', 'tiles per second') > 1 and 0 <= number('waited', '% of the time waiting for data') <= 100
+    assert re.search(r'\nOn this machine the whole run takes about [\d.]+ (seconds|minutes): 8 updates at \d+ tiles per second; .* waiting for data', said)
+    assert 'keeps random weights, at no cost' in call('rehearse', 'smoke', '-p', 'epochs', '0')
     kept = run_notebook('pretrain', 'r', recipe=recipe, runs=runs, quiet=True)
     said = call('replay', 'r', '--runs', runs, '-q')
     assert 'log.csv: ' in said and 'differ' not in said
