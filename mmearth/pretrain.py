@@ -208,7 +208,7 @@ class Trainer:
     def __init__(self, recipe:Recipe, store:TileSet, out:Path):
         self.recipe, self.out, self.store, (self.rank, self.world) = recipe, Path(out), store, ranks()
         if recipe.accumulate % self.world: raise RecipeError(f'accumulate: {recipe.accumulate} forward passes are not a multiple of the {self.world} processes; lower batch and raise accumulate')
-        self.device, (self.model, self.contract) = torch.device(pick_device() if recipe.device == 'auto' else recipe.device), build(recipe, store)
+        self.device, (self.model, self.contract) = torch.device(pick_device(recipe.device)), build(recipe, store)
         self.model.to(self.device).train()
         self.shared = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
@@ -249,10 +249,12 @@ class Trainer:
         return sum(each) / len(each)
 
 # %% ../nbs/21_pretrain.ipynb #pick-device
-def pick_device()->str:
-    "The fastest device there is."
-    if torch.cuda.is_available(): return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+def pick_device(asked:str='auto')->str:
+    "The fastest device there is, or the one that is asked for, if it is there."
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if asked == 'auto': return next((d for d, is_there in there.items() if is_there), 'cpu')
+    if not there.get(asked.partition(':')[0], True): raise RecipeError(f'device: {asked} is asked for, this PyTorch sees none; write cpu or auto, or install a build of PyTorch for it')
+    return asked
 
 def settle(trainer:Trainer, execution:str): # 'auto', or one of `mmearth.kernels.EXECUTIONS`
     "Decides how encoder and decoder are computed: other kernels would end in other bits."

@@ -104,6 +104,7 @@ def check(values:dict)->dict: # the same, coerced
         if key in values and not 0 <= values[key] < math.inf: raise RecipeError(f'{key}: must be a number that is not negative, is {values[key]}')
     for key in ('beta1', 'beta2', 'ema'):
         if key in values and not 0 <= values[key] < 1: raise RecipeError(f'{key}: must lie in [0, 1), not {values[key]}')
+    if 'device' in values and not re.fullmatch(r'auto|cpu|mps|cuda(:\d+)?', values['device']): raise RecipeError(f'device: {values["device"]!r} is not one of auto, cpu, cuda, mps')
     check_names(values)
     return values
 
