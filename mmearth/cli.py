@@ -285,10 +285,10 @@ _Recipe = Annotated[str, typer.Argument(metavar='RECIPE', help='YAML file, or th
 @app.command(cls=Pairs)
 def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='name of the folder that is made')], params:_Params=(),
         recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters, or the name of one of ours, such as mini', show_default=False)]=None,
-        into:Annotated[str, typer.Option(help='folder that receives RUN_ID; reports/runs for a run that is to be kept')]='runs', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
+        runs:Annotated[str, typer.Option(help='folder that receives RUN_ID; reports/runs for a run that is to be kept')]='runs', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
     "Execute a run notebook and keep it. Parameters are checked against those it declares."
     words = [w for p in params for w in ('-p', p)]
-    typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, '--into', into, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
+    typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, '--runs', runs, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
 
 @app.command(cls=Pairs)
 def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')], params:_Params=(), progress:_Progress=True):

@@ -393,13 +393,13 @@ def main(args:list[str]|None=None, # of the command line, without the program's 
     run.add_argument('run_id', help='name of the folder that is made')
     run.add_argument('-p', action='append', default=[], metavar='KEY=VALUE', dest='params', help='a parameter of the notebook, also written KEY VALUE; a list as a,b or as JSON; may be repeated')
     run.add_argument('-f', metavar='YAML', dest='recipe', help='a file of parameters, or the name of one of ours, such as mini')
-    run.add_argument('--into', default='runs', metavar='FOLDER', help='folder that receives RUN_ID: runs by default, which git does not see; reports/runs for a run that is to be kept')
+    run.add_argument('--runs', default='runs', metavar='FOLDER', help='folder that receives RUN_ID: runs by default, which git does not see; reports/runs for a run that is to be kept')
     run.add_argument('-q', action='store_true', dest='quiet', help='no progress bar')
     commands.add_parser('index', help='rewrite reports/README.md')
     a = parser.parse_args(paired(sys.argv[1:] if args is None else args))
     if a.command == 'index': return index()
     allowed = declared(repo_root() / 'nbs' / 'runs' / f'{a.name}.ipynb')
-    return run_notebook(a.name, a.run_id, a.recipe, a.into, a.quiet, **check({k: _typed(v, allowed.get(k)) for k, v in as_params(a.params).items()}, allowed, a.name))
+    return run_notebook(a.name, a.run_id, a.recipe, a.runs, a.quiet, **check({k: _typed(v, allowed.get(k)) for k, v in as_params(a.params).items()}, allowed, a.name))
 
 # %% ../nbs/40_report.ipynb #command-line
 if __name__ == '__main__' and '__file__' in globals():

@@ -203,7 +203,7 @@ def test_thin_calls_pass_the_same_names(monkeypatch, tmp_path):
     call('run', 'pretrain', 'mine', '-p', 'epochs', '2', '-p', 'tasks=["a=b"]', '-q', '-f', 'x.yaml')
     call('experiment', 'demo', '--jobs', 2, '--into', 'there')
     assert got == [(('MMEarth64', tmp_path), dict(mirrors=['http://a', 'http://b'], progress=False, checksum=False)),
-                   ['run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '--into', 'runs', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
+                   ['run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '--runs', 'runs', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
 
 
 @pytest.mark.parametrize('words, says', [

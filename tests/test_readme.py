@@ -90,13 +90,13 @@ def test_modules_named_in_commands_exist():
 def test_run_commands_are_accepted(line, monkeypatch):
     "Each names a notebook, a recipe and parameters that there are, and values of their types."
     from mmearth import report
-    def run(name, run_id, recipe, into, quiet, **params):
+    def run(name, run_id, recipe, runs, quiet, **params):
         allowed = report.declared(ROOT / 'nbs' / 'runs' / f'{name}.ipynb')
         report.check({**report._recipe_values(recipe, allowed, name)[0], **params}, allowed)
-        return into, run_id
+        return runs, run_id
     monkeypatch.setattr(report, 'run_notebook', run)
-    into, run_id = report.main(shlex.split(line, comments=True))
-    assert into == ('reports/runs' if (ROOT / 'reports' / 'runs' / run_id).is_dir() else 'runs')
+    runs, run_id = report.main(shlex.split(line, comments=True))
+    assert runs == ('reports/runs' if (ROOT / 'reports' / 'runs' / run_id).is_dir() else 'runs')
 
 
 @pytest.mark.parametrize('words', [shlex.split(line, comments=True)[1:] for line in re.findall(r'mmearth(?:\.cli)? ((?:pretrain|rehearse) .*)', README)], ids=' '.join)

@@ -164,7 +164,7 @@ def test_both_spellings_of_a_parameter_and_both_homes_of_a_run(repo):
     for words in ('-p steps 5 -p names b,c -p shares 0.5,1', '-p steps=5 -p names=["b","c"] -p shares=[0.5,1.0]', '-p steps=5 -p names b,c -p shares 5e-1,1'):
         folder = report.main(f'run good a -q {words}'.split())
         assert folder == repo / 'runs' / 'a' and json.loads((folder / 'params.json').read_text()) == dict(steps=5, names=['b', 'c'], shares=[0.5, 1.0], out='runs/a')
-    assert report.main('run -p steps=5 good -p names b --into reports/runs a -q'.split()) == repo / 'reports' / 'runs' / 'a'
+    assert report.main('run -p steps=5 good -p names b --runs reports/runs a -q'.split()) == repo / 'reports' / 'runs' / 'a'
     assert [r['run_id'] for r in report.load_runs()] == ['a']
     for words in ('-p steps', '-p steps -q', '-p =5'):
         with pytest.raises(ValueError, match='write -p KEY VALUE or -p KEY=VALUE'): report.main(f'run good b {words}'.split())
@@ -177,7 +177,7 @@ def test_a_recipe_goes_by_name_and_is_checked_before_a_kernel_starts(tmp_path):
     with pytest.raises(FileNotFoundError, match='by its name: eurosat, geobench, standin'): report.find_recipe('mini', 'benchmark')
     with pytest.raises(FileNotFoundError, match='give a YAML file$'): report.find_recipe('mini', 'probe')
     for words, says in (('-p size enormous', 'size: .enormous. is not one of'), ('-p crop=57', 'crop: 57 is not a multiple'), ('-p bands B99', 'no band .B99.')):
-        with pytest.raises(ValueError, match=says): report.main(f'run pretrain x -q --into {tmp_path} {words}'.split())
+        with pytest.raises(ValueError, match=says): report.main(f'run pretrain x -q --runs {tmp_path} {words}'.split())
     assert not list(tmp_path.iterdir())
 
 
