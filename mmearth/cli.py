@@ -294,6 +294,7 @@ def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:
 def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')], params:_Params=(), progress:_Progress=True):
     "Pretrain from a recipe, without a notebook. Under torchrun on several GPUs; stopped by SIGTERM it ends with code 75 and goes on when called again."
     chosen, training, joined = import_module('mmearth.report').recipe_with(recipe, params), import_module('mmearth.pretrain'), import_module('mmearth.together')
+    if out.is_file(): raise FileExistsError(f'{out}: it is in the way; choose another path, or remove it')
     if any(out.glob('*.h5')) or (out / 'pack.json').is_file() or (out / 'zarr.json').is_file(): raise ValueError(f'{out}: tiles are in this folder; give one for the run, and the tiles as -p data {out}')
     with joined.together():
         try: run = training.pretrain(chosen, import_module('mmearth.experiment').open_data(chosen.data), out, progress=progress)
