@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download', 'fetch', 'verify', 'card', 'serve', 'synthetic',
-           'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'run', 'pretrain',
+           'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'Pairs', 'run', 'pretrain',
            'experiment', 'rehearse', 'replay']
 
 # %% ../nbs/59_cli.ipynb #imports
@@ -23,8 +23,7 @@ class Front(typer.core.TyperGroup):
         try: return super().invoke(ctx)
         except Exception as e:
             if type(e).__module__.partition('.')[0] in ('click', 'typer'): raise
-            text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-            typer.echo(f'{type(e).__name__}: {" ".join(text.split())}', err=True)
+            typer.echo(f"{type(e).__name__}: {import_module('mmearth.index').in_words(e)}", err=True)
             raise typer.Exit(1) from None
 
 app = typer.Typer(name='mmearth', cls=Front, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -65,8 +64,9 @@ _Dir = Annotated[Path, typer.Argument(metavar='DIR', help='folder of a store or 
 _Stem = Annotated[str, typer.Option(help='name of the store, where one folder holds several', show_default=False)]
 _Rows = Annotated[str, typer.Option(help='row numbers, as in 0-99,200', show_default=False)]
 _Modalities = Annotated[str, typer.Option(help='names joined by commas; all by default', show_default=False)]
-_Workers = Annotated[int, typer.Option(help='processes; 0 works in this one')]
+_Workers = Annotated[int, typer.Option(min=0, help='processes; 0 works in this one')]
 _Scheduler = Annotated[str, typer.Option(help='address of a Dask scheduler instead', show_default=False)]
+_Seed = Annotated[int, typer.Option(min=0, help='another seed, another result')]
 _Progress = Annotated[bool, typer.Option(help='show a bar')]
 _Box = Annotated[str, typer.Option(metavar='W,S,E,N', help='degrees; west > east crosses the date line', show_default=False)]
 _Biome = Annotated[str, typer.Option(show_default=False, help='numbers or names, joined by commas: 0 Tundra, 1 Tropical & Subtropical Moist Broadleaf Forests, 2 Mediterranean Forests, Woodlands & Scrub, '
@@ -80,9 +80,16 @@ _Has = Annotated[str, typer.Option(help='must be available, as in sentinel1_desc
 
 def _open(root:Path, stem:str|None=None): return import_module('mmearth.pack').open_tiles(root, stem)
 
+def _folder(path:Path)->Path:
+    "A folder that is there."
+    if not path.is_dir(): raise FileNotFoundError(f'{path}: ' + ('a file, not a folder; give the folder that it is in' if path.is_file() else 'no such folder; check the path'))
+    return path
+
 def _row(tiles, tile:str)->int:
     "Row of a tile that was named by its id, or as row:17."
-    try: i = numbers(tile[4:])[0] if tile.startswith('row:') else tiles.row(tile)
+    rows = numbers(tile[4:], what='a row') if tile.startswith('row:') else [None]
+    if len(rows) != 1: raise ValueError(f'{tile}: name one tile, by its id or as in row:17')
+    try: i = tiles.row(tile) if rows[0] is None else rows[0]
     except KeyError as e: raise KeyError(f'{e.args[0]}; `mmearth query {tiles.root}` lists them, and a row is written as in row:17') from None
     if not 0 <= i < len(tiles): raise IndexError(f'{tiles.root}: row {i} asked for, it has {len(tiles)}')
     return i
@@ -92,9 +99,14 @@ def _size(n:float)->str:
     unit = next((u for u, limit in (('kB', 1e6), ('MB', 1e9)) if n < limit), 'GB')
     return f'{n / dict(kB=1e3, MB=1e6, GB=1e9)[unit]:.1f} {unit}'
 
+def _place(path:Path)->Path:
+    "A path whose folder is there from now on."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
 def _write(path:Path, text:str)->Path:
     "Writes a text that appears complete or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _place(path)
     part = path.with_name(f'.{path.name}.part')
     part.write_text(text, encoding='utf-8')
     return part.replace(path)
@@ -127,13 +139,15 @@ def verify(root:Annotated[Path, typer.Argument(metavar='DIR', help='data folder,
     "Name missing or changed files. Of a data folder, a store or a pack; exit code 1 if there are any."
     manifest = import_module('mmearth.manifest')
     folder = manifest.data_root(root)
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
+    if folder.suffix == '.h5' and folder.is_file(): folder, stem = folder.parent, folder.stem
+    _folder(folder)
     here, store = manifest.begun(folder), next(folder.glob(f'{stem or "*"}.h5'), None)
     if any((folder / f).is_file() for f in ('hashes.json', 'zarr.json', 'plan.json', 'pack.json')): bad, said = import_module('mmearth.pack').verify_pack(folder, workers, scheduler, progress), 'every file of the pack has its hash'
     elif here or what: bad, said = manifest.verify(folder, what, checksum=checksum, progress=progress), f'{what or ", ".join(here)}: all files are there, with their lengths and known hashes'
     elif store:
         tiles = _open(folder, stem)
         bad, said = import_module('mmearth.inspect').unreadable(tiles, progress=progress), f'all {len(tiles)} tiles of {tiles.stem} can be read; no hash of them is known'
+    elif stem: raise FileNotFoundError(f'{folder / stem}.h5: no such store; there are {", ".join(sorted(p.stem for p in folder.glob("*.h5"))) or "none"}')
     else: raise FileNotFoundError(f'{folder}: no pack, no store (.h5) and no file of the manifest is here; `mmearth download` and `mmearth synthetic` make some')
     for path, reason in bad: typer.echo(f'{path}: {reason}', err=True)
     if bad: raise typer.Exit(1)
@@ -149,18 +163,19 @@ def card(dataset:Annotated[str, typer.Argument(help='as in MMEarth64')],
 
 # %% ../nbs/59_cli.ipynb #give-commands
 @app.command()
-def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no line for each request')]=False):
+def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(min=0, max=65535, help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no line for each request')]=False):
     "Serve a folder, byte ranges included. What `fetch` on another machine reads; until Ctrl-C. Names that begin with a dot are not served."
-    if not root.is_dir(): raise FileNotFoundError(f'{root}: no such folder')
-    address, server = import_module('mmearth.remote').serve(root, host, port, told=None if quiet else lambda line: typer.echo(line, err=True))
+    try: address, server = import_module('mmearth.remote').serve(_folder(root), host, port, told=None if quiet else lambda line: typer.echo(line, err=True))
+    except FileNotFoundError: raise
+    except OSError as e: raise OSError(f'{host}:{port}: {e.strerror or e}; choose another --host or --port') from e
     files = sorted(f for f in (p.relative_to(root).as_posix() for p in root.rglob('*.h5')) if not f'/{f}'.count('/.'))
     typer.echo('\n'.join(f'{address}/{f}' for f in files) or f'{address}: no .h5 file in {root}')
     try: import_module('threading').Event().wait()
     except KeyboardInterrupt: server.shutdown()
 
 @app.command()
-def synthetic(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder to make')], tiles:Annotated[int, typer.Option(help='how many')]=200, size:Annotated[int, typer.Option(help='side of a tile in pixels')]=64,
-              seed:Annotated[int, typer.Option(help='another seed, other tiles of the same planet')]=0, labelled:Annotated[bool, typer.Option(help='tiles that show a scene, with labels')]=False, workers:_Workers=0, progress:_Progress=True):
+def synthetic(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder to make')], tiles:Annotated[int, typer.Option(min=1, help='how many')]=200, size:Annotated[int, typer.Option(help='side of a tile in pixels')]=64,
+              seed:Annotated[int, typer.Option(min=0, help='another seed, other tiles of the same planet')]=0, labelled:Annotated[bool, typer.Option(help='tiles that show a scene, with labels')]=False, workers:_Workers=0, progress:_Progress=True):
     "Write a store of synthetic Earth. In the released layout, to try things on."
     typer.echo(import_module('mmearth.synthetic').write_store(root, tiles, size, seed, progress=progress, labelled=labelled, workers=workers))
 
@@ -203,8 +218,11 @@ def show(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as 
     i = _row(tiles, tile)
     world = import_module('mmearth.splits').read_outline(outline) if outline else None
     out = out or Path(f'{tiles.tile_ids[i]}.png')
-    part = out.with_name(f'.{out.stem}.part{out.suffix}')
-    tiles.plot(i, world).savefig(part, dpi=100)
+    figure = tiles.plot(i, world)
+    known = figure.canvas.get_supported_filetypes()
+    if out.suffix[1:] not in known: raise ValueError(f'{out}: no kind of picture that can be written; end it in .png, or in .{", .".join(k for k in known if k != "png")}')
+    part = _place(out).with_name(f'.{out.stem}.part{out.suffix}')
+    figure.savefig(part, dpi=100)
     typer.echo(part.replace(out))
 
 # %% ../nbs/59_cli.ipynb #export-command
@@ -215,13 +233,13 @@ def export(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row a
     tiles, cubes = _open(root, stem), import_module('mmearth.cube')
     ds = cubes.to_xarray(tiles, _row(tiles, tile), names(modalities))
     if out.suffix not in ('', '.nc', '.zarr'): raise ValueError(f'{out}: give a name that ends in .nc or .zarr, or a folder for GeoTIFFs')
-    for path in [cubes.write_cube(ds, out)] if out.suffix else cubes.to_geotiff(ds, out): typer.echo(path)
+    for path in [cubes.write_cube(ds, _place(out))] if out.suffix else cubes.to_geotiff(ds, out): typer.echo(path)
 
 # %% ../nbs/59_cli.ipynb #make-commands
 @app.command()
 def split(root:_Dir, name:Annotated[str, typer.Argument(help='of the split; its kind by default', show_default=False)]='', stem:_Stem=None,
           kind:Annotated[str, typer.Option(help='geographic: by whole blocks of the globe; random: by chance')]='geographic',
-          fractions:Annotated[str, typer.Option(help='of train,val,test')]='0.8,0.1,0.1', seed:Annotated[int, typer.Option(help='another seed, another split')]=0,
+          fractions:Annotated[str, typer.Option(help='of train,val,test')]='0.8,0.1,0.1', seed:_Seed=0,
           block:Annotated[float, typer.Option(help='side of a block, degrees')]=2., buffer:Annotated[float, typer.Option(help='km free of training tiles around the others')]=5.):
     "Divide tiles into train, val and test. Written beside the store; biomes are shared out evenly."
     shares = numbers(fractions, float, 'train,val,test')
@@ -235,11 +253,11 @@ def stats(root:_Dir, stem:_Stem=None, name:Annotated[str, typer.Option(help='<st
     "Measure the bands of a store. Mean, deviation, minimum and maximum, written beside the store."
     tiles = _open(root, stem)
     chosen = numbers(rows) if split is None else tiles.rows(split)
-    typer.echo(import_module('mmearth.statistics').write_statistics(tiles, name, rows=chosen, modalities=names(modalities), convention=convention, workers=workers, scheduler=scheduler, progress=progress))
+    typer.echo(import_module('mmearth.statistics').write_statistics(tiles, name, rows=chosen, modalities=names(modalities) or None, convention=convention, workers=workers, scheduler=scheduler, progress=progress))
 
 @app.command()
 def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack; DIR_pack by default', show_default=False)]=None, stem:_Stem=None, split:Annotated[str, typer.Option(help='all tiles by default', show_default=False)]=None, rows:_Rows=None, modalities:_Modalities=None,
-         samples:Annotated[int, typer.Option(help='tiles in a chunk', show_default=False)]=None, statistics:Annotated[str, typer.Option(help='released or measured')]='released',
+         samples:Annotated[int, typer.Option(min=1, help='tiles in a chunk', show_default=False)]=None, statistics:Annotated[str, typer.Option(help='released or measured')]='released',
          sound:Annotated[bool, typer.Option(help='drop tiles whose pixels are known to be corrupt')]=True, workers:_Workers=0, scheduler:_Scheduler=None, progress:_Progress=True):
     "Write the form that training reads. Raw Zarr chunks of whole tiles; goes on where it was interrupted."
     packing = import_module('mmearth.pack')
@@ -251,32 +269,33 @@ def pack(root:_Dir, out:Annotated[Path, typer.Argument(help='folder of the pack;
 
 @app.command()
 def share(root:Annotated[Path, typer.Argument(metavar='PACK', help='a pack; or, with --back, its compressed form')], out:Annotated[Path, typer.Argument(help='folder to make')],
-          codec:Annotated[str, typer.Option(help='zstd or lz4')]='zstd', level:Annotated[int, typer.Option(help='of compression, 0 to 9')]=5, back:Annotated[bool, typer.Option('--back', help='unpack instead')]=False):
+          codec:Annotated[str, typer.Option(help='zstd or lz4')]='zstd', level:Annotated[int, typer.Option(min=0, max=9, help='of compression')]=5, back:Annotated[bool, typer.Option('--back', help='unpack instead')]=False):
     "Compress a pack, or unpack it again. Every chunk is held against its hash."
     sharing = import_module('mmearth.share')
     typer.echo(sharing.unshare(root, out) if back else sharing.share(import_module('mmearth.pack').Pack(root), out, codec, level))
 
 # %% ../nbs/59_cli.ipynb #run-commands
-@app.command()
-def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='reports/runs/RUN_ID is made')],
-        params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a parameter of the notebook; may be repeated', show_default=False)]=(),
-        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters', show_default=False)]=None, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
+class Pairs(typer.core.TyperCommand):
+    "A command whose parameters are written -p KEY VALUE or -p KEY=VALUE."
+    def parse_args(self, ctx, args): return super().parse_args(ctx, import_module('mmearth.report').paired(args) if '-p' in args else args)
+
+_Params = Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a parameter, also written -p KEY VALUE; a list as a,b; may be repeated', show_default=False)]
+_Recipe = Annotated[str, typer.Argument(metavar='RECIPE', help='YAML file, or the name of one in nbs/runs/recipes, such as mini')]
+
+@app.command(cls=Pairs)
+def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='name of the folder that is made')], params:_Params=(),
+        recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters, or the name of one of ours, such as mini', show_default=False)]=None,
+        runs:Annotated[str, typer.Option(help='folder that receives RUN_ID; reports/runs for a run that is to be kept')]='runs', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
     "Execute a run notebook and keep it. Parameters are checked against those it declares."
-    bare = [p for p in params if '=' not in p]
-    if bare: raise ValueError(f'-p {bare[0]}: write KEY=VALUE, as in -p epochs=2')
-    words = [w for p in params for w in ('-p', *p.split('=', 1))]
-    typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
+    words = [w for p in params for w in ('-p', p)]
+    typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, '--runs', runs, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
 
-def _recipe(path:Path, params:list[str]):
-    "A recipe of a file, with values given as KEY=VALUE in its place."
-    parse = import_module('yaml').safe_load
-    return import_module('mmearth.recipe').load_recipe(path, **{k: parse(v) for k, _, v in (p.partition('=') for p in params)})
-
-@app.command()
-def pretrain(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')],
-             params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(), progress:_Progress=True):
+@app.command(cls=Pairs)
+def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')], params:_Params=(), progress:_Progress=True):
     "Pretrain from a recipe, without a notebook. Under torchrun on several GPUs; stopped by SIGTERM it ends with code 75 and goes on when called again."
-    chosen, training, joined = _recipe(recipe, params), import_module('mmearth.pretrain'), import_module('mmearth.together')
+    chosen, training, joined = import_module('mmearth.report').recipe_with(recipe, params), import_module('mmearth.pretrain'), import_module('mmearth.together')
+    if out.is_file(): raise FileExistsError(f'{out}: it is in the way; choose another path, or remove it')
+    if any(out.glob('*.h5')) or (out / 'pack.json').is_file() or (out / 'zarr.json').is_file(): raise ValueError(f'{out}: tiles are in this folder; give one for the run, and the tiles as -p data {out}')
     with joined.together():
         try: run = training.pretrain(chosen, import_module('mmearth.experiment').open_data(chosen.data), out, progress=progress)
         except joined.Stopped as e:
@@ -286,21 +305,20 @@ def pretrain(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/ru
 
 @app.command()
 def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/experiments')], into:Annotated[str, typer.Option(help='folder that receives runs/, tables/ and figures/', show_default=False)]=None,
-               jobs:Annotated[int, typer.Option(help='runs at a time; 0: one on a GPU, one per core up to four without')]=0):
+               jobs:Annotated[int, typer.Option(min=0, help='runs at a time; 0: one on a GPU, one per core up to four without')]=0):
     "Pretrain arms, probe them, report. What is already kept is not run again."
     import_module('mmearth.experiment').main([name, *(['--into', into] if into else []), '--jobs', str(jobs)])
 
 # %% ../nbs/59_cli.ipynb #again-commands
-@app.command()
-def rehearse(recipe:Annotated[Path, typer.Argument(help='YAML file, as in nbs/runs/recipes')], params:Annotated[list[str], typer.Option('-p', metavar='KEY=VALUE', help='a value of the recipe; may be repeated', show_default=False)]=(),
-             seconds:Annotated[float, typer.Option(help='time for the updates that are measured')]=10.):
+@app.command(cls=Pairs)
+def rehearse(recipe:_Recipe, params:_Params=(), seconds:Annotated[float, typer.Option(min=0, help='time for the updates that are measured')]=10.):
     "Rate, hours, waiting and overhead of a pretraining, from a few of its updates measured here."
-    chosen = _recipe(recipe, params)
-    found = import_module('mmearth.rehearsal').rehearse(chosen, import_module('mmearth.experiment').open_data(chosen.data), seconds)
-    for key, value in found.items(): typer.echo(f'{key}: {value:,.4g}' if isinstance(value, float) else f'{key}: {value:,}')
+    chosen, rehearsing = import_module('mmearth.report').recipe_with(recipe, params), import_module('mmearth.rehearsal')
+    found = rehearsing.rehearse(chosen, import_module('mmearth.experiment').open_data(chosen.data), seconds)
+    for line in rehearsing.told(found): typer.echo(line)
 
 @app.command()
-def replay(run_id:Annotated[str, typer.Argument(help='folder in reports/runs')], runs:Annotated[str, typer.Option(help='where runs are kept')]='reports/runs',
+def replay(run_id:Annotated[str, typer.Argument(help='name of its folder')], runs:Annotated[str, typer.Option(help='where runs are kept; reports/runs, then runs, by default', show_default=False)]='',
            into:Annotated[str, typer.Option(help='folder to keep the second run in; thrown away by default', show_default=False)]='', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
     "Run a kept run again from its folder and compare what comes out."
     compared, other = import_module('mmearth.replay').replay(run_id, runs, into, quiet)

@@ -240,10 +240,11 @@ def to_geotiff(ds:xr.Dataset, # one tile, of `to_xarray`
               )->list[Path]: # one file for each pixel-level modality
     "Writes a tile as GeoTIFFs named <tile_id>_<modality>.tif."
     if 'sample' in ds.dims: raise ValueError(f'{ds.sizes["sample"]} tiles have no common grid; write to_xarray(store, i) of each')
-    folder, crs, paths = Path(folder), ds.rio.crs, []
+    folder, crs, paths, maps = Path(folder), ds.rio.crs, [], [k for k in ds.data_vars if ds[k].dims[-2:] == ('y', 'x')]
+    if not maps: raise ValueError(f'{folder}: no map among {", ".join(map(str, ds.data_vars)) or "nothing"}, and GeoTIFFs are made of maps; take a modality of pixels, or write netCDF')
     folder.mkdir(parents=True, exist_ok=True)
     facts = {k: str(ds[k].values) for k in ('tile_id', 'date', 'level', 'biome_name', 'eco_region_name', 'latitude', 'longitude')}
-    for name in (k for k in ds.data_vars if ds[k].dims[-2:] == ('y', 'x')):
+    for name in maps:
         v, a = ds[name], ds[name].attrs
         x, ok = (np.atleast_3d(u.values.T).T for u in (v, ds[f'{name}_valid']))
         bands = ds[v.dims[0]].values.tolist() if v.ndim == 3 else [a['band']]

@@ -26,8 +26,8 @@ SWITCHES = {
 def switches(names, # 'sound': none; 'paper': all; or names of some
             )->tuple[str, ...]: # in the order of the table
     "The switches that are meant."
-    if isinstance(names, str): names = dict(sound=(), paper=tuple(SWITCHES)).get(names, (names,))
-    names = names if isinstance(names, (list, tuple)) else (names,)
+    names = [names] if not isinstance(names, (list, tuple)) else names
+    if len(names) == 1: names = dict(sound=(), paper=tuple(SWITCHES)).get(names[0], names)
     unknown = [n for n in names if n not in SWITCHES]
     if unknown: raise ValueError(f'{", ".join(map(repr, unknown))}: known are sound, paper, {", ".join(SWITCHES)}')
     return tuple(n for n in SWITCHES if n in names)

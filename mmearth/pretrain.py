@@ -66,7 +66,7 @@ def check_store(store:TileSet, recipe:Recipe):
     except KeyError as e: raise RecipeError(f'bands: {e.args[0]}') from e
     if recipe.crop > store.size: raise RecipeError(f'crop: {recipe.crop} is larger than the tiles of {store.root.name} ({store.size} pixels)')
     n = len(store.rows(recipe.split))
-    if not n: raise RecipeError(f'split: {store.root.name} has no rows in {recipe.split!r}')
+    if not n: raise RecipeError(f'split: {store.root.name} has no tiles in {recipe.split!r}; name another split, or make one: `mmearth split {store.root}`, then `mmearth pack {store.root} --split geographic/train`, and pretrain on the pack')
     if recipe.epochs and not updates(recipe, n): raise RecipeError(f'epochs: {recipe.epochs:g} of {n} samples are less than one update of {recipe.batch * recipe.accumulate}; lower batch or accumulate')
 
 # %% ../nbs/21_pretrain.ipynb #check-statistics
@@ -140,7 +140,8 @@ def checkpoints(out:Path)->list[Path]:
 def latest(out:Path)->Path:
     "The newest checkpoint of a run."
     found = checkpoints(out)
-    if not found: raise WeightsError(f'{Path(out).name} has no checkpoint; pretrain first, or give the folder of a run')
+    if not found: raise WeightsError(f'{Path(out).name} has no checkpoint; ' + (f'what was kept of it is without weights: `mmearth replay {Path(out).name} --into runs` makes them again, in runs/{Path(out).name}'
+        if (Path(out) / 'params.json').is_file() else 'pretrain first, or give the folder of a run'))
     return found[-1]
 
 def moments(model:MPMAE, optimiser:torch.optim.Optimizer)->dict[str, torch.Tensor]:
@@ -207,7 +208,7 @@ class Trainer:
     def __init__(self, recipe:Recipe, store:TileSet, out:Path):
         self.recipe, self.out, self.store, (self.rank, self.world) = recipe, Path(out), store, ranks()
         if recipe.accumulate % self.world: raise RecipeError(f'accumulate: {recipe.accumulate} forward passes are not a multiple of the {self.world} processes; lower batch and raise accumulate')
-        self.device, (self.model, self.contract) = torch.device(pick_device() if recipe.device == 'auto' else recipe.device), build(recipe, store)
+        self.device, (self.model, self.contract) = torch.device(pick_device(recipe.device)), build(recipe, store)
         self.model.to(self.device).train()
         self.shared = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
@@ -248,10 +249,12 @@ class Trainer:
         return sum(each) / len(each)
 
 # %% ../nbs/21_pretrain.ipynb #pick-device
-def pick_device()->str:
-    "The fastest device there is."
-    if torch.cuda.is_available(): return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+def pick_device(asked:str='auto')->str:
+    "The fastest device there is, or the one that is asked for, if it is there."
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if asked == 'auto': return next((d for d, is_there in there.items() if is_there), 'cpu')
+    if not there.get(asked.partition(':')[0], True): raise RecipeError(f'device: {asked} is asked for, this PyTorch sees none; write cpu or auto, or install a build of PyTorch for it')
+    return asked
 
 def settle(trainer:Trainer, execution:str): # 'auto', or one of `mmearth.kernels.EXECUTIONS`
     "Decides how encoder and decoder are computed: other kernels would end in other bits."

@@ -46,13 +46,14 @@ def compare_runs(kept:Path, again:Path, # two run folders
 
 # %% ../nbs/40a_replay.ipynb #replay
 def replay(run_id:str, # a kept run
-           runs:str|Path='reports/runs', # where it is kept, relative to the repository
+           runs:str|Path='', # where it is kept, relative to the repository; 'reports/runs', else 'runs', by default
            into:str|Path='', # folder to keep the second run in, under the same id; '' throws it away
            quiet:bool=False, # no progress bar
           )->tuple[pd.DataFrame, pd.DataFrame]: # of `compare_runs`; what of the environment is another: kept, now
     "Runs a kept run again from its folder and compares what comes out."
-    found = [r for r in load_runs(run_id, runs) if r['run_id'] == run_id]
-    if not found: raise FileNotFoundError(f'no finished run {run_id!r} in {Path(runs).as_posix()}; `mmearth replay` takes the name of a folder with params.json, env.json and run.ipynb')
+    places = [runs] if str(runs) else ['reports/runs', 'runs']
+    found = [r for place in places for r in load_runs(run_id, place) if r['run_id'] == run_id]
+    if not found: raise FileNotFoundError(f'no finished run {run_id!r} in {" or ".join(Path(p).as_posix() for p in places)}; `mmearth replay` takes the name of a folder with params.json, env.json and run.ipynb')
     kept = found[0]
     source = repo_root() / 'nbs' / 'runs' / f'{kept["env"].get("notebook")}.ipynb'
     lost = sorted(set(kept['params']) - set(declared(source)))

@@ -276,13 +276,18 @@ def check_stats(stats:dict, bands:dict[str, tuple[str, ...]], path):
 def read_saved_split(root, stem:str, name:str, n:int)->dict[str, np.ndarray]: # part -> rows
     "Rows of the parts of a split that was saved beside a store as `<stem>_splits_<name>.json`."
     path = Path(root) / f'{stem}_splits_{name}.json'
-    if not path.is_file(): raise StoreError(path, name, 'no such split', f'there are {", ".join(p.stem.removeprefix(f"{stem}_splits_") for p in sorted(Path(root).glob(f"{stem}_splits_*.json"))) or "none"}; mmearth.splits makes one')
+    if not path.is_file():
+        known = [p.stem.removeprefix(f'{stem}_splits_') for p in sorted(Path(root).glob(f'{stem}_splits_*.json'))]
+        how = dict(geographic='', random=' --kind random').get(name, f' {name}')
+        raise StoreError(path, name, 'no such split', f'`mmearth split {root}{how}` makes it' + (f', or take one that is there: {", ".join(known)}' if known else ''))
     return check_splits({part: rows for part, rows in read_json(path).items() if part != 'how'}, n, path)
 
 def _part(splits:dict, wanted:str, path)->np.ndarray:
     "Rows of one part of a split; the names of the validation part mean the same."
     found = [s for s in (VALIDATION if wanted in VALIDATION else (wanted,)) if s in splits]
-    if not found: raise StoreError(path, wanted, 'no such split', f'there are {", ".join(splits)}')
+    if not found:
+        hint = f'; of a split that `mmearth split` made, name a part, as in {wanted}/train' if wanted not in ('train', 'test', *VALIDATION) else ''
+        raise StoreError(path, wanted, 'no such split', f'there are {", ".join(splits) or "none"}{hint}')
     return splits[found[0]]
 
 # %% ../nbs/05_store.ipynb #tile-set
@@ -306,7 +311,8 @@ class TileSet:
     def rows(self, split:str)->np.ndarray:
         "Rows of a split: a name of `splits`, or 'name/part' of a split saved beside the tiles; val, valid and validation are one."
         name, _, part = split.rpartition('/')
-        return _part(read_saved_split(self.root, self.stem, name, len(self)) if name else self.splits, part, self.root)
+        saved = self.root / f'{self.stem}_splits{f"_{name}" * bool(name)}.json'
+        return _part(read_saved_split(self.root, self.stem, name, len(self)) if name else self.splits, part, saved if saved.is_file() else self.root)
 
     @cached_property
     def _rows(self)->dict[str, int]: return {t: i for i, t in enumerate(self.tile_ids)}

@@ -90,7 +90,7 @@ def _origin(run:dict, by_id:dict, model:str='')->tuple[dict, str, str, object]: 
     if source is not None: return setting(source['params']), source['run_id'], _unseeded(source['run_id']), source['params'].get('seed')
     own = _unseeded(run['run_id']) + (f' {model}' if model else '')
     if said in FLOORS: return FLOORS[said], said, own, None
-    if model.startswith('untrained-'): said = ''
+    if said.startswith('untrained-'): said = ''
     unknown = dict.fromkeys(SETTING, '') | dict(pretrain=f'checkpoint {Path(said).stem}' if said else 'none, random weights', epochs=np.nan if said else 0.)
     released = _PUBLISHED.search(said)
     return published_setting(said) or unknown, Path(said).stem, f'released {released[0]}' if released else own, None

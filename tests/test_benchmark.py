@@ -42,6 +42,30 @@ def test_weights_of_photographs_by_name(scene, tmp_path):
         with pytest.raises(error, match=words): open_encoder(name, first, tmp_path)
 
 
+def test_the_same_words_name_an_encoder_of_a_store(tmp_path):
+    "What the probe notebook hands over: a store and its training rows; folders relative to the repository."
+    from mmearth.baselines import RandomFeatures, untrained
+    from mmearth.pretrain import pretrain
+    from mmearth.recipe import Recipe
+    from mmearth.store import Store
+    from mmearth.synthetic import write_store
+    store = Store(write_store(tmp_path / 'tiles', 24, labelled=True))
+    rows = np.arange(0, 24, 2)
+    for name, direct in (('random_filters', RandomFeatures(store, rows)), ('untrained-pico-test', untrained(store, rows, 'pico-test'))):
+        found = open_encoder(name, store, tmp_path, rows=rows)
+        assert found.contract.stats == direct.contract.stats != open_encoder(name, store, tmp_path).contract.stats
+        assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), direct.state_dict().values()))
+    assert open_encoder('image_statistics', store, rows=rows) is None
+    run = pretrain(Recipe(epochs=0, batch=8, decoder_width=16), store, tmp_path / 'mine', progress=False)
+    by_run, by_checkpoint = open_encoder('mine', store, tmp_path, rows=rows), open_encoder(f'mine/{run.checkpoint.parent.name}/{run.checkpoint.name}', store, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(by_run.state_dict().values(), by_checkpoint.state_dict().values()))
+    (tmp_path / 'kept').mkdir()
+    (tmp_path / 'kept' / 'params.json').write_text('{}')
+    for name, error, words in (('', FileNotFoundError, "'': no such run or checkpoint; give a run folder, image_statistics"), ('untrained', ValueError, 'untrained-SIZE is needed'), ('untrained-atto:x', ValueError, 'untrained-SIZE is needed'),
+                               ('kept', WeightsError, '`mmearth replay kept --into runs` makes them again, in runs/kept')):
+        with pytest.raises(error, match=words): open_encoder(name, store, tmp_path)
+
+
 def test_a_cell_is_what_its_parts_give(scene):
     encoder = open_encoder('untrained-pico-test', planes(scene.parts['train'], None))
     x = {s: features(encoder, planes(p, encoder), progress=False) for s, p in scene.parts.items()}

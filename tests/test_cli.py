@@ -200,21 +200,63 @@ def test_thin_calls_pass_the_same_names(monkeypatch, tmp_path):
     monkeypatch.setattr(mmearth.report, 'main', got.append)
     monkeypatch.setattr(mmearth.experiment, 'main', got.append)
     assert call('download', 'MMEarth64', '--root', tmp_path, '--mirrors', 'http://a,http://b', '--no-checksum', '--no-progress') == f'{tmp_path / "a"}\n'
-    call('run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '-q', '-f', 'x.yaml')
+    call('run', 'pretrain', 'mine', '-p', 'epochs', '2', '-p', 'tasks=["a=b"]', '-q', '-f', 'x.yaml')
     call('experiment', 'demo', '--jobs', 2, '--into', 'there')
     assert got == [(('MMEarth64', tmp_path), dict(mirrors=['http://a', 'http://b'], progress=False, checksum=False)),
-                   ['run', 'pretrain', 'mine', '-p', 'epochs', '2', '-p', 'tasks', '["a=b"]', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
+                   ['run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '--runs', 'runs', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
 
 
 @pytest.mark.parametrize('words, says', [
     (['download', 'MMEarth65', '--root', 'here'], 'MMEarth65'), (['query', 'nowhere'], 'nowhere: no such folder'), (['show', 'nowhere', '3'], 'no such folder'),
     (['pack', 'nowhere', 'there'], 'no such folder'), (['fetch', 'http://127.0.0.1:9/a.h5', 'there', '--rows', '1-x'], "'1-x' is no number"), (['run', 'no-such', 'x'], 'no-such.ipynb'),
-    (['run', 'pretrain', 'x', '-p', 'a'], 'KEY=VALUE'), (['run', 'pretrain', 'x', '-p', 'a=1'], "no parameter 'a'"), (['share', 'nowhere', 'there'], 'nowhere'), (['stats', 'nowhere'], 'no such folder')])
+    (['run', 'pretrain', 'x', '-p', 'a'], 'KEY=VALUE'), (['pretrain', 'nosuch.yaml', 'out'], 'no recipe nosuch.yaml: no such file; give a YAML file, or one of ours by its name: demo, eurosat, mini'),
+    (['pretrain', 'mini', 'out', '-p', 'clip'], '-p clip: write -p KEY VALUE'), (['pretrain', 'mini', 'out', '-p', 'blr', 'fast'], 'blr: float is needed'), (['rehearse', 'mini', '-p', 'epoch=1'], "did you mean 'epochs'"),
+    (['run', 'pretrain', 'x', '-p', 'a=1'], "no parameter 'a'"), (['share', 'nowhere', 'there'], 'nowhere'), (['stats', 'nowhere'], 'no such folder')])
 def test_errors_are_one_line(words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = call(*words, code=1)
     assert says in said and said.count('\n') == 1 and 'Traceback' not in said
     assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+@pytest.mark.parametrize('words, says', [
+    (['verify', 'file'], 'file: a file, not a folder; give the folder'), (['serve', 'file'], 'file: a file, not a folder'), (['verify', 'store', '--stem', 'other'], 'store/other.h5: no such store; there are data_synthetic'),
+    (['pack', 'store', '--split', 'geographic/train'], 'geographic.json: geographic: no such split; `mmearth split store` makes it'), (['pack', 'store', '--split', 'random/val'], '`mmearth split store --kind random` makes it'),
+    (['stats', 'store', '--split', 'mine/train'], '`mmearth split store mine` makes it'), (['pack', 'store', '--split', 'geographic'], 'splits.json: geographic: no such split; there are train, val, test; of a split that `mmearth split` made, name a part, as in geographic/train'),
+    (['pack', 'store', '--split', 'test'], 'store: test: it has no tile; name another split'), (['pack', 'store', 'file'], 'file: it is in the way; choose another path'), (['synthetic', 'file/there', '--tiles', '1'], 'file: it is in the way'),
+    (['show', 'store', 'row:1', '--out', 'x.foo'], 'x.foo: no kind of picture that can be written; end it in .png'), (['show', 'store', 'row:1,2'], 'row:1,2: name one tile'), (['show', 'store', 'row:1', '--outline', 'no.shp'], 'no.shp: no such file or folder; check the path'),
+    (['export', 'store', 'row:1', 'maps', '--modalities', 'biome'], "maps: no map among biome"), (['export', 'store', 'row:1', 'file/x.nc'], 'file: it is in the way'), (['index', 'store', '--out', 'file/x.parquet'], 'file: it is in the way'),
+    (['serve', 'store', '--host', '203.0.113.7'], '203.0.113.7:8765: '), (['run', 'probe', 'x', '-f', 'broken.yaml'], 'broken.yaml is not valid YAML'), (['run', 'pretrain', 'x', '-f', 'broken.yaml'], 'broken.yaml is not valid YAML'),
+    (['pretrain', 'smoke', 'store'], 'store: tiles are in this folder; give one for the run, and the tiles as -p data store'), (['pretrain', 'smoke', 'out', '-p', 'device', 'tpu'], "device: 'tpu' is not one of auto, cpu, cuda, mps"),
+    (['pretrain', 'smoke', 'file'], 'file: it is in the way'), (['pretrain', 'smoke', 'out', '-p', 'data', 'empty'], "split: empty has no tiles in 'train'; name another split, or make one: `mmearth split "), (['experiment', 'nosuch'], 'invalid choice')])
+def test_what_is_wrong_is_named_with_a_remedy(words, says, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').write_text('hello')
+    (tmp_path / 'broken.yaml').write_text('a: [1\nb: }')
+    shutil.copytree(store, tmp_path / 'empty')
+    next((tmp_path / 'empty').glob('*_splits.json')).write_text('{"train": [], "val": [0], "test": []}')
+    before = {p for p in tmp_path.rglob('*')}
+    said = call(*words, *(['--no-progress'] if words[0] in ('pack', 'stats', 'verify', 'pretrain', 'synthetic') else []), code=2 if words[0] == 'experiment' else 1)
+    assert says in said and 'Traceback' not in said and (words[0] == 'experiment' or said.count('\n') == 1), said
+    assert {p for p in tmp_path.rglob('*')} - before <= {tmp_path / 'out'}
+
+
+@pytest.mark.parametrize('words', [['split', 'x', '--seed', '-1'], ['synthetic', 'x', '--seed', '-1'], ['synthetic', 'x', '--tiles', '0'], ['serve', '.', '--port', '99999'], ['pack', 'x', '--workers', '-1'], ['pack', 'x', '--samples', '0'], ['share', 'x', 'y', '--level', '12'], ['experiment', 'demo', '--jobs', '-1'], ['rehearse', 'smoke', '--seconds', '-1']])
+def test_numbers_out_of_range_are_refused_before_any_work(words): assert re.search('Invalid value for .*(>=|<=)', call(*words, code=2))
+
+
+def test_a_device_that_is_not_there_is_refused():
+    import torch
+    from mmearth.pretrain import pick_device
+    from mmearth.recipe import RecipeError
+    assert pick_device('cpu') == 'cpu' and pick_device('auto') == pick_device()
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match='cuda:1 is asked for, this PyTorch sees none; write cpu or auto'): pick_device('cuda:1')
+
+
+def test_folders_of_pictures_and_exports_are_made(store, tmp_path):
+    for words in (['show', store, 'row:1', '--out', tmp_path / 'new' / 'a.png'], ['export', store, 'row:1', tmp_path / 'newer' / 'a.nc', '--modalities', 'aster'], ['verify', next(store.glob('*.h5')), '--no-progress']): call(*words)
+    assert (tmp_path / 'new' / 'a.png').is_file() and (tmp_path / 'newer' / 'a.nc').is_file()
 
 
 def test_a_bug_is_one_line_too(monkeypatch, store):
@@ -262,8 +304,12 @@ def test_a_real_process_and_ctrl_c(tiny_store, tmp_path):
 def test_what_a_recipe_costs_and_whether_a_run_comes_out_again(tmp_path):
     recipe, runs = tmp_path / 'r.yaml', os.path.relpath(tmp_path / 'runs')
     recipe.write_text('data: synthetic-64\nepochs: 1\ndecoder_width: 32\n')
-    told = dict(line.split(': ') for line in call('rehearse', recipe, '-p', 'epochs=2', '--seconds', '0.2').splitlines())
-    assert told['updates'] == '8' and float(told['hours']) > 0 and float(told['samples_per_second'].replace(',', '')) > 1
+    said = call('rehearse', recipe, '-p', 'epochs', '2', '--seconds', '0.2')
+    told = dict(line.split(': ', 1) for line in said.splitlines())
+    number = lambda key, unit: float(re.fullmatch(rf'([\d.,e-]+) {unit}', told[key])[1].replace(',', ''))
+    assert number('updates', 'updates in all') == 8 and number('hours', 'hours in all') > 0 and number('samples_per_second', 'tiles per second') > 1 and 0 <= number('waited', '% of the time waiting for data') <= 100
+    assert re.search(r'\nOn this machine the whole run takes about [\d.]+ (seconds|minutes): 8 updates at \d+ tiles per second; .* waiting for data', said)
+    assert 'keeps random weights, at no cost' in call('rehearse', 'smoke', '-p', 'epochs', '0')
     kept = run_notebook('pretrain', 'r', recipe=recipe, runs=runs, quiet=True)
     said = call('replay', 'r', '--runs', runs, '-q')
     assert 'log.csv: ' in said and 'differ' not in said

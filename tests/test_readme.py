@@ -1,9 +1,11 @@
 """Every number of the README's table is in a kept table, every link leads somewhere, every command names something that exists."""
 import re
+import shlex
 import subprocess
 import sys
 
 import pandas as pd
+import pytest
 
 from mmearth.compare import percent, wide_table
 from mmearth.pack import pack
@@ -82,3 +84,22 @@ def test_modules_named_in_commands_exist():
     makefile = (ROOT / 'Makefile').read_text()
     for target in set(re.findall(r'^make (\w+)', README, re.M)): assert re.search(rf'^{target}:', makefile, re.M), target
     for notebook in set(re.findall(r'`(\d\d_\w+)`', README)): assert (ROOT / 'nbs' / f'{notebook}.ipynb').is_file(), notebook
+
+
+@pytest.mark.parametrize('line', re.findall(r'-m mmearth\.report (run [^`\n]+)', README))
+def test_run_commands_are_accepted(line, monkeypatch):
+    "Each names a notebook, a recipe and parameters that there are, and values of their types."
+    from mmearth import report
+    def run(name, run_id, recipe, runs, quiet, **params):
+        allowed = report.declared(ROOT / 'nbs' / 'runs' / f'{name}.ipynb')
+        report.check({**report._recipe_values(recipe, allowed, name)[0], **params}, allowed)
+        return runs, run_id
+    monkeypatch.setattr(report, 'run_notebook', run)
+    runs, run_id = report.main(shlex.split(line, comments=True))
+    assert runs == ('reports/runs' if (ROOT / 'reports' / 'runs' / run_id).is_dir() else 'runs')
+
+
+@pytest.mark.parametrize('words', [shlex.split(line, comments=True)[1:] for line in re.findall(r'mmearth(?:\.cli)? ((?:pretrain|rehearse) .*)', README)], ids=' '.join)
+def test_recipes_named_in_commands_exist(words):
+    from mmearth.report import recipe_with
+    recipe_with(words[0], [w for w in words if '=' in w])

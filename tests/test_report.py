@@ -38,14 +38,14 @@ folder'''
 def test_run_keeps_no_machine_path_and_no_clock(repo):
     write(repo, 'good', 'steps = 3\nroot = ""\nout = ""', KEEP)
     folder = report.run_notebook('good', 'a', quiet=True, root=repo.parent / 'elsewhere' / 'tiles')
-    assert folder == repo / 'reports' / 'runs' / 'a'
+    assert folder == repo / 'runs' / 'a'
     for name in ('run.ipynb', 'params.json'): assert str(repo.parent) not in (folder / name).read_text()
     nb = nbformat.read(folder / 'run.ipynb', as_version=4)
     nbformat.validate(nb)
     assert [c.id for c in nb.cells] == ['parameters', 'injected', 'body']
     assert 'papermill' not in json.dumps(nb)
     params = json.loads((folder / 'params.json').read_text())
-    assert params == dict(steps=3, root='../elsewhere/tiles', out='reports/runs/a')
+    assert params == dict(steps=3, root='../elsewhere/tiles', out='runs/a')
     env = json.loads((folder / 'env.json').read_text())
     assert env['notebook'] == 'good' and env['seconds'] > 0 and env['peak_memory_mb'] > 0 and len(env['notebook_hash']) == 64
     assert not any(isinstance(v, str) and v.startswith('/') for v in env.values())
@@ -61,15 +61,15 @@ def test_runs_outside_the_repository(repo, tmp_path_factory):
 def test_a_failure_is_not_a_finished_run(repo):
     write(repo, 'sometimes', 'steps = 3\nout = ""', KEEP + '\nassert not (folder / "stop").exists(), "too many"')
     report.run_notebook('sometimes', 'a', quiet=True)
-    assert len(report.load_runs()) == 1
-    (repo / 'reports/runs/a/stop').touch()
+    assert len(report.load_runs(runs='runs')) == 1
+    (repo / 'runs/a/stop').touch()
     with pytest.raises(report.RunError, match='cell 2: AssertionError: too many'): report.run_notebook('sometimes', 'a', quiet=True)
-    (repo / 'reports/runs/a/stop').unlink()
-    assert report.load_runs() == []
-    failed = (repo / 'reports/runs/a/run.failed.ipynb').read_text()
+    (repo / 'runs/a/stop').unlink()
+    assert report.load_runs(runs='runs') == []
+    failed = (repo / 'runs/a/run.failed.ipynb').read_text()
     assert 'AssertionError' in failed and str(repo) not in failed
     report.run_notebook('sometimes', 'a', quiet=True)
-    assert not (repo / 'reports/runs/a/run.failed.ipynb').exists()
+    assert not (repo / 'runs/a/run.failed.ipynb').exists()
 
 
 def test_a_kept_run_is_not_overwritten_by_another(repo):
@@ -157,3 +157,58 @@ def test_a_progress_bar_is_kept_in_its_last_state(repo):
     cell = json.loads((folder / 'run.ipynb').read_text())['cells'][-1]
     text = ''.join(t for o in cell['outputs'] if o.get('name') == 'stderr' for t in o['text'])
     assert '3 of 3\ndone\n' in text and '1 of 3' not in text
+
+
+def test_both_spellings_of_a_parameter_and_both_homes_of_a_run(repo):
+    write(repo, 'good', 'steps = 3\nnames = ["a"]\nshares = [1.0]\nout = ""', KEEP)
+    for words in ('-p steps 5 -p names b,c -p shares 0.5,1', '-p steps=5 -p names=["b","c"] -p shares=[0.5,1.0]', '-p steps=5 -p names b,c -p shares 5e-1,1'):
+        folder = report.main(f'run good a -q {words}'.split())
+        assert folder == repo / 'runs' / 'a' and json.loads((folder / 'params.json').read_text()) == dict(steps=5, names=['b', 'c'], shares=[0.5, 1.0], out='runs/a')
+    assert report.main('run -p steps=5 good -p names b --runs reports/runs a -q'.split()) == repo / 'reports' / 'runs' / 'a'
+    assert [r['run_id'] for r in report.load_runs()] == ['a']
+    for words in ('-p steps', '-p steps -q', '-p =5'):
+        with pytest.raises(ValueError, match='write -p KEY VALUE or -p KEY=VALUE'): report.main(f'run good b {words}'.split())
+    assert not (repo / 'runs' / 'b').exists()
+
+
+def test_a_recipe_goes_by_name_and_is_checked_before_a_kernel_starts(tmp_path):
+    assert report.find_recipe('mini').name == 'mini.yaml' and report.find_recipe('standin', 'benchmark').parent.name == 'evaluations'
+    with pytest.raises(FileNotFoundError, match='no recipe nosuch.yaml.*by its name: demo, eurosat, mini'): report.find_recipe('nosuch.yaml')
+    with pytest.raises(FileNotFoundError, match='by its name: eurosat, geobench, standin'): report.find_recipe('mini', 'benchmark')
+    with pytest.raises(FileNotFoundError, match='give a YAML file$'): report.find_recipe('mini', 'probe')
+    for words, says in (('-p size enormous', 'size: .enormous. is not one of'), ('-p crop=57', 'crop: 57 is not a multiple'), ('-p bands B99', 'no band .B99.')):
+        with pytest.raises(ValueError, match=says): report.main(f'run pretrain x -q --runs {tmp_path} {words}'.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_for_one_and_for_several_lead_to_each_other():
+    runs = report.repo_root() / 'nbs' / 'runs'
+    for notebook, given, meant in (('finetune', 'models', 'pretrained'), ('label_efficiency', 'pretrained', 'models'), ('benchmark', 'encoder', 'models'), ('benchmark', 'protocol', 'methods'), ('finetune', 'methods', 'method'), ('benchmark', 'data', 'tasks')):
+        with pytest.raises(ValueError, match=f"no parameter '{given}'; the nearest is '{meant}'"): report.check({given: 'x'}, report.declared(runs / f'{notebook}.ipynb'))
+
+
+def test_the_index_groups_an_experiment_and_folds_its_seeds(repo):
+    (repo / 'nbs' / 'runs' / 'experiments').mkdir()
+    for name in ('storm', 'storm-wide'): (repo / 'nbs' / 'runs' / 'experiments' / f'{name}.yaml').touch()
+    def kept(run_id, headline, notebook='probe', seconds=60, **params):
+        keep = report.Keep(f'reports/runs/{run_id}')
+        for name, obj in dict(metrics=dict(headline=headline), env=dict(notebook=notebook, seconds=seconds, device='a|b'[0], commit='c' * 40), params=params).items(): keep.json(name, obj)
+        (keep.path / 'run.ipynb').touch()
+    for s, a in enumerate((0.71, 0.69, 0.7)): kept(f'storm-all-s{s}-probe', f'all: accuracy {a} with all labels')
+    for s in range(2): kept(f'storm-random-s{s}', 'pico-test, 1 tasks, 0 updates', 'pretrain', epochs=0.0)
+    kept('storm-report', 'said', 'report', experiment='storm', question='Does it?')
+    kept('storm-wide-all-s0', 'wide', seconds=9000)
+    kept('other', 'alone', 'fuzz')
+    text = report.index().read_text()
+    assert [l for l in text.split('\n') if l.startswith('## ')] == ['## storm-wide', '## storm', '## Single runs']
+    storm = text.split('## storm\n')[1].split('## ')[0].strip().split('\n')
+    assert storm[0] == 'Does it?' and storm[4].startswith('| [storm-report](runs/storm-report/run.ipynb) | report | said')
+    assert storm[5:] == ['| storm-all-probe: [s0](runs/storm-all-s0-probe/run.ipynb), [s1](runs/storm-all-s1-probe/run.ipynb), [s2](runs/storm-all-s2-probe/run.ipynb) | probe | all: accuracy 0.69 to 0.71 with all labels | 3.0, a | cccccccccc |',
+                         '| storm-random: [s0](runs/storm-random-s0/run.ipynb), [s1](runs/storm-random-s1/run.ipynb) | pretrain | pico-test, 1 task, random weights | 2.0, a | cccccccccc |']
+    with pytest.raises(ValueError, match='README.md of the repository'): report.index('runs')
+
+
+def test_every_kept_run_is_in_the_index():
+    root, text = report.repo_root(), (report.repo_root() / 'reports' / 'README.md').read_text()
+    for run in report.load_runs(): assert f'](runs/{run["run_id"]}/run.ipynb)' in text, f'{run["run_id"]}: run python -m mmearth.report index'
+    assert '0 updates' not in text

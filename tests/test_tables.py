@@ -216,7 +216,7 @@ def test_kept_tables_and_figures_are_remade(name, tmp_path):
     for file in sorted(files):
         if file.endswith('.png'): alike(kept_ / file, made / file)
         elif file.endswith('.json'): assert all(json.loads((kept_ / file).read_text())[k] == json.loads((made / file).read_text())[k] for k in ('maker', 'run_ids')), file
-        else: assert (kept_ / file).read_bytes() == (made / file).read_bytes(), f'{file} differs; run: python -m mmearth.report run {name} {name} -p into reports'
+        else: assert (kept_ / file).read_bytes() == (made / file).read_bytes(), f'{file} differs; run: python -m mmearth.report run {name} {name} -p into reports --runs reports/runs'
     for png in kept_.glob('figures/paper-*.png'): assert png.stat().st_size <= 200_000
 
 
