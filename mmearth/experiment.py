@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 from .benchmark import Benched, open_task
 from .eurosat import write_eurosat
 from .geobench import GeoBench
+from .index import in_words
 from .splits import read_outline
 from .pack import open_tiles
 from .pretrain import checkpoints, latest
-from .recipe import Recipe, RecipeError, check, differences, to_dict
+from .recipe import Recipe, RecipeError, check, differences, read_yaml, to_dict
 from .report import RunError, declared, index, load_runs, repo_root, run_notebook
 from .standin import STANDINS, write_standin
 from .store import Store, StoreError, TileSet
@@ -73,8 +73,8 @@ def open_labelled(name:str, # see above
     if name == 'eurosat': return open_task(open_data(name).root, most)
     if not (m := re.fullmatch(r'standin-(\d+)', kind)): return open_task(GeoBench(*((name,) if Path(name).is_dir() else (None, name))), most)
     if task not in STANDINS: raise RecipeError(f'data: {name!r}: {kind}/ holds {", ".join(STANDINS)}')
-    root = data_root() / kind
-    if not root.is_dir(): write_standin(root, int(m[1]))
+    root, s = data_root() / kind, STANDINS[task]
+    if not (root / s.folder / s.name).is_dir(): write_standin(root, int(m[1]), tasks=(task,))
     return open_task(GeoBench(root, task), most)
 
 # %% ../nbs/42_experiment.ipynb #world-map
@@ -127,7 +127,7 @@ class Experiment:
 
 def load_experiment(path:Path)->Experiment:
     "Reads an experiment file; unknown or missing keys are errors that name it."
-    values = yaml.safe_load(Path(path).read_text())
+    values = read_yaml(Path(path).read_text())
     known = {f.name for f in dataclasses.fields(Experiment)} - {'name'}
     if not isinstance(values, dict) or set(values) - known: raise RecipeError(f'{Path(path).name}: keys must be among {", ".join(sorted(known))}')
     missing = known - {'seeds', 'floor'} - set(values)
@@ -197,15 +197,15 @@ def run_jobs(e:Experiment, runs:str, jobs:int):
             bar.refresh()
 
 # %% ../nbs/42_experiment.ipynb #run-experiment
-def experiment(name:str, # of a file in nbs/runs/experiments
+def experiment(name:str, # of a file in nbs/runs/experiments, or a file of one's own
                into:str='reports', # folder that receives runs/, tables/ and figures/
                jobs:int=0, # at a time; 0: one on a GPU, one per core up to four without
               )->Path: # folder of the report's run
     "Runs an experiment and its report; what is already kept is not run again."
-    e = load_experiment(repo_root() / 'nbs' / 'runs' / 'experiments' / f'{name}.yaml')
+    e = load_experiment(Path(name) if name.endswith('.yaml') else repo_root() / 'nbs' / 'runs' / 'experiments' / f'{name}.yaml')
     jobs = jobs or (1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1))
     run_jobs(e, f'{into}/runs', jobs)
-    kept = run_notebook('report', f'{name}-report', runs=f'{into}/runs', quiet=True, experiment=name, source=into, into=into, question=e.question, arms=list(e.arms), seeds=list(e.seeds))
+    kept = run_notebook('report', f'{e.name}-report', runs=f'{into}/runs', quiet=True, experiment=e.name, source=into, into=into, question=e.question, arms=list(e.arms), seeds=list(e.seeds))
     if into == 'reports': index()
     return kept
 
@@ -215,14 +215,16 @@ def main(args:list[str]|None=None)->Path:
     root = repo_root()
     names = sorted(p.stem for p in (root / 'nbs' / 'runs' / 'experiments').glob('*.yaml'))
     parser = argparse.ArgumentParser(prog='python -m mmearth.experiment', description='Runs an experiment: pretrain arms, probe them, report.')
-    parser.add_argument('name', choices=names)
-    parser.add_argument('--into', default=None, help='folder that receives runs/, tables/ and figures/ (default: demo for demo, reports else)')
+    parser.add_argument('name', help=f'{", ".join(names)}, or the path of a file like them')
+    parser.add_argument('--into', default=None, help='folder that receives runs/, tables/ and figures/ (default: demo for demo, runs/NAME for a file of your own, reports else)')
     parser.add_argument('--jobs', type=int, default=0, help='runs at a time (default: one on a GPU, one per core up to four without)')
     a = parser.parse_args(args)
-    into = a.into or ('demo' if a.name == 'demo' else 'reports')
+    name = Path(a.name).stem
+    if a.name not in names and not (a.name.endswith('.yaml') and Path(a.name).is_file()): parser.error(f'{a.name}: no such experiment; there are {", ".join(names)}, or give the path of a .yaml file')
+    into = a.into or ('demo' if a.name == 'demo' else 'reports' if a.name in names else f'runs/{name}')
     start = time.perf_counter()
     kept = experiment(a.name, into, a.jobs)
-    found = [p for part in ('tables', 'figures') for p in sorted((root / into / part).glob(f'{a.name}-*')) if p.suffix in ('.md', '.png')]
+    found = [p for part in ('tables', 'figures') for p in sorted((root / into / part).glob(f'{name}-*')) if p.suffix in ('.md', '.png')]
     lines = [json.loads((kept / 'metrics.json').read_text())['headline'], '', f'{(time.perf_counter() - start) / 60:.1f} minutes; tables and figures:']
     sys.stdout.write('\n'.join(lines + [f'  {p.relative_to(root)}' for p in found]) + '\n')
     return kept
@@ -230,4 +232,4 @@ def main(args:list[str]|None=None)->Path:
 # %% ../nbs/42_experiment.ipynb #command-line
 if __name__ == '__main__' and '__file__' in globals():
     try: main()
-    except (ValueError, KeyError, FileNotFoundError, RunError) as error: sys.exit(f'{type(error).__name__}: {error}')
+    except (ValueError, KeyError, OSError, RunError) as error: sys.exit(f'{type(error).__name__}: {in_words(error)}')
