@@ -159,6 +159,7 @@ def _panel(ax, log:pd.DataFrame, name:str, total:str)->None:
         ax.plot(log.step, log[name], color='#202020' if name == 'loss' else family(name).colour, lw=1.1)
         ax.set_ylabel(kind, fontsize=6.5, labelpad=2)
         ax.locator_params(nbins=4)
+        ax.ticklabel_format(axis='y', useOffset=False)
     else: hatch(ax, 'not measured')
     ax.set_title('Total' if name == 'loss' else plain(name), fontsize=8, pad=3)
 
@@ -180,6 +181,7 @@ def losses(log:pd.DataFrame, # rows of log.csv: step, loss, a column for each ta
     for ax in axes + [last] * bool(weighed):
         ax.spines[['top', 'right']].set_visible(False)
         ax.tick_params(labelsize=6.5, length=2, pad=1.5)
+        ax.yaxis.get_offset_text().set_size(6.5)
         ax.set_xlim(0, log.step.max())
     inner = axes[:len(axes) - bool(beside)]
     for ax in axes: ax.tick_params(labelbottom=ax in inner[-columns:])
