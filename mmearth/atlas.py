@@ -148,12 +148,12 @@ def levels(report:dict, # of `mmearth.inspect.inspect`
     for i, (n, l1c, l2a) in enumerate(zip(total, years.l1c, years.l2a)):
         for left, value, level in ((0, l1c, 'l1c'), (l1c, l2a, 'l2a')):
             ax.barh(i, value / n, 0.74, left / n, color=LEVEL_COLOURS[level], label=level.upper() if i == 0 else None)
-            if value / n > 0.06: ax.text((left + value / 2) / n, i, f'{100 * value / n:.0f} %', ha='center', va='center', fontsize=7.5, color='#10243a' if level == 'l1c' else 'white')
-        ax.text(1.01, i, f'{n:,.0f}', va='center', fontsize=7.5, color='#505050')
-    ax.set(yticks=range(len(years)), yticklabels=years.index, xlim=(0, 1.08), ylim=(len(years) - 0.5, -0.5), xticks=np.arange(0, 1.01, 0.25), xticklabels=[f'{p} %' for p in (0, 25, 50, 75, 100)])
+            if value / n > 0.03: ax.text((left + value / 2) / n, i, f'{100 * value / n:.0f} %', ha='center', va='center', fontsize=7.5, color='#10243a' if level == 'l1c' else 'white')
+        ax.text(1.01, i, f'n = {n:,.0f}', va='center', fontsize=7.5, color='#505050')
+    ax.set(yticks=range(len(years)), yticklabels=years.index, xlim=(0, 1.1), ylim=(len(years) - 0.5, -0.5), xticks=np.arange(0, 1.01, 0.25), xticklabels=[f'{p} %' for p in (0, 25, 50, 75, 100)])
     ax.set_xlabel('Share of samples', fontsize=8.5)
     ax.spines['bottom'].set_bounds(0, 1)
-    ax.legend(ncol=2, frameon=False, fontsize=7.5, loc='lower right', bbox_to_anchor=(0.93, 0.98), borderaxespad=0, handlelength=1.2)
+    ax.legend(ncol=2, frameon=False, fontsize=7.5, loc='lower right', bbox_to_anchor=(0.91, 0.98), borderaxespad=0, handlelength=1.2)
     return fig
 
 # %% ../nbs/07a_atlas.ipynb #land-cover
@@ -192,7 +192,7 @@ def biome_counts(report:dict, # of `mmearth.inspect.inspect`
     ax.set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table) - 0.4, -0.6), xlim=(0, 1.08 * max(table.max(), 1)))
     ax.tick_params(axis='y', length=0)
     _counted(ax, 'x')
-    ax.annotate(f'{regions} of {len(ECOREGIONS)} ecoregions', (1, 0.03), xycoords='axes fraction', ha='right', fontsize=8.5, color='#505050')
+    ax.annotate(f'{regions} of {len(ECOREGIONS)} ecoregions', (1, 0.03), xycoords='axes fraction', ha='right', fontsize=8.5, color='#505050', bbox=dict(fc='white', ec='none', pad=1.5))
     return fig
 
 # %% ../nbs/07a_atlas.ipynb #histogram
@@ -212,18 +212,27 @@ def _histogram(ax, report:dict, key:str, colour:str, scale:float=1., shift:float
     edges, counts = np.asarray(found['edges'], float) * scale + shift, np.asarray(found['counts'], float)
     starts = np.arange(0, len(counts), merge)
     edges, counts = np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
-    ax.stairs(counts, edges, fill=filled, color=colour, alpha=0.75 if filled else 1, lw=0 if filled else 1.2, label=label)
     used = np.flatnonzero(counts)
-    low, high = edges[used[0]], edges[used[-1] + 1]
+    counts, edges = counts[used[0]:used[-1] + 1], edges[used[0]:used[-1] + 2]
+    ax.stairs(counts, edges, fill=filled, color=colour, alpha=0.75 if filled else 1, lw=0 if filled else 1.2, label=label)
+    low, high = edges[0], edges[-1]
     ax.update_datalim([(low, 0), (high, counts.max())])
     ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     return True
+
+def _cut_tail(ax, found:dict, scale:float, unit:str):
+    "Ends an axis where 99.5 % of a histogram are, and says how many lie beyond and how far."
+    counts, edges = np.asarray(found['counts'], float), np.asarray(found['edges'], float) * scale
+    last, top = int(np.searchsorted(counts.cumsum(), 0.995 * counts.sum())) + 1, np.flatnonzero(counts)[-1] + 1
+    if top - last < 0.1 * last: return
+    ax.set_xlim(right=edges[last] * 1.02)
+    ax.annotate(f'{counts[last:].sum():,.0f} beyond, up to {edges[top]:,.0f} {unit}', (0.99, 0.95), xycoords='axes fraction', ha='right', va='top', fontsize=7.5, color='#505050')
 
 # %% ../nbs/07a_atlas.ipynb #climate
 def climate(report:dict, # of `mmearth.inspect.inspect`
            ): # matplotlib figure
     "ERA5 temperature and precipitation of the month of each tile."
-    mean, rain, others = 'era5/curr_month_temperature_avg', 'era5/curr_month_precipitation', dict(min=('coldest', '#2B6CA3'), max=('warmest', '#7a1f18'))
+    mean, rain, others = 'era5/curr_month_temperature_avg', 'era5/curr_month_precipitation', dict(min=('lowest', '#2B6CA3'), max=('highest', '#7a1f18'))
     measured = any(sum(_part(report, 'histograms').get(k, {}).get('counts', ())) for k in (mean, rain))
     fig, (left, right) = _figure(report, 2, 2.6 if measured else 1.4)
     celsius = dict(shift=-273.15, merge=_merge(report, mean, *(mean.replace('avg', k) for k in others)))
@@ -235,7 +244,9 @@ def climate(report:dict, # of `mmearth.inspect.inspect`
         left.legend(frameon=False, fontsize=7.5, loc='upper left', handlelength=1.2, borderaxespad=0.2)
         _counted(left)
     left.set_xlabel('Temperature of the month, °C', fontsize=8.5)
-    if _histogram(right, report, rain, '#4a86b8', scale=1000, merge=_merge(report, rain)): _counted(right, what='')
+    if _histogram(right, report, rain, '#4a86b8', scale=1000, merge=_merge(report, rain)):
+        _counted(right)
+        _cut_tail(right, report['histograms'][rain], 1000, 'mm')
     right.set_xlabel('Precipitation of the month, mm', fontsize=8.5)
     return fig
 
@@ -274,9 +285,10 @@ def holes(report:dict, # of `mmearth.inspect.inspect`
         for x, (band, share) in enumerate(bands.items()):
             ax.add_patch(plt.Rectangle((x + 0.02, y - 0.45), 0.96, 0.9, fc=colours(0.75 * share) if share else '#e6efe6', ec='none'))
             ink = 'white' if share > 0.8 else '#303030'
-            ax.text(x + 0.5, y - 0.17, _short(band), ha='center', va='center', fontsize=5.6, color=ink, alpha=0.8)
+            ax.text(x + 0.5, y - 0.17, _short(band), ha='center', va='center', fontsize=5.9, color=ink, alpha=0.8)
             ax.text(x + 0.5, y + 0.17, f'{100 * share:.0f}' if share in (0, 1) or share >= 0.095 else f'{100 * share:.1f}' if share >= 0.0005 else '<0.1', ha='center', va='center', fontsize=7, color=ink, fontweight='bold' if share else 'normal')
     ax.set(xlim=(0, wide), ylim=(len(shares) - 0.45, -0.55), xticks=[], yticks=range(len(shares)), yticklabels=[n.replace('_', ' ') for n in shares])
     ax.tick_params(length=0)
+    ax.set_xlabel('Share without data in % of each band; bold where anything is missing', fontsize=8.5)
     ax.spines[:].set_visible(False)
     return fig

@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 from tqdm import tqdm
 from .compare import t_interval
+from .figures import plain
 from .modalities import modality
 from .pretrain import pretrain
 from .probe import features, linear_probe
@@ -104,22 +105,35 @@ def effects(rows:pd.DataFrame, # of `experiment`
             found.append(dict(way=way, task=task, question=question, points=part.mean(), low=part.mean() - wide, high=part.mean() + wide, seeds=len(part)))
     return pd.DataFrame(found, columns=['way', 'task', 'question', 'points', 'low', 'high', 'seeds'])
 
+# %% ../nbs/45_laboratory.ipynb #draw-effects
+_WAYS = {'taken in': 'Taken in: the image and the task,\nagainst the image alone', 'left out': 'Left out: all tasks,\nagainst all but this one'}
+
+def _written(points:pd.DataFrame, low:pd.DataFrame)->pd.DataFrame:
+    "Numbers as text, in brackets where they have no interval."
+    text = points.map(lambda v: f'{v:+.1f}'.replace('-', '\N{MINUS SIGN}'))
+    return text.where(low.notna(), '(' + text + ')').where(points.notna(), '')
+
 def draw_effects(found:pd.DataFrame, # of `effects`
                 )->plt.Figure:
-    "A table of colours for each way; bold where the interval leaves out zero."
-    ways = [w for w in ('taken in', 'left out') if w in set(found.way)]
-    fig, axes = plt.subplots(1, len(ways), figsize=(2 + 3.6 * len(ways), 1.6 + 0.3 * found.task.nunique()), sharey=True, squeeze=False, layout='constrained')
+    "A table of colours for each way; bold where the interval leaves out zero, in brackets where there is none."
+    ways, order = [w for w in _WAYS if w in set(found.way)], list(dict.fromkeys(found.task))
+    fig, axes = plt.subplots(1, len(ways), figsize=(2.2 + 3.2 * len(ways), 2.2 + 0.3 * len(order)), sharey=True, squeeze=False, layout='constrained')
     top = max(found.points.abs().max(), 1e-9)
     for ax, way in zip(axes[0], ways):
-        part = found[found.way == way]
-        order = [t for t in dict.fromkeys(found.task)]
-        points, low, high = (part.pivot(index='task', columns='question', values=v).reindex(order) for v in ('points', 'low', 'high'))
-        sns.heatmap(points, ax=ax, cmap='PuOr', center=0, vmin=-top, vmax=top, annot=points.map('{:+.1f}'.format).where(points.notna(), ''), fmt='', cbar=ax is axes[0][-1], cbar_kws=dict(label='points of accuracy'), annot_kws=dict(size=8), linewidths=0.5)
-        clear = ((low > 0) | (high < 0)).to_numpy()
-        for text in ax.texts:
-            i, j = int(text.get_position()[1]), int(text.get_position()[0])
-            if clear[i, j]: text.set_fontweight('bold')
-        ax.set(title=way, xlabel='', ylabel='')
+        points, low, high = (found[found.way == way].pivot(index='task', columns='question', values=v).reindex(order) for v in ('points', 'low', 'high'))
+        sns.heatmap(points, ax=ax, cmap='PuOr', center=0, vmin=-top, vmax=top, annot=_written(points, low), fmt='', cbar=ax is axes[0][-1], cbar_kws=dict(label='points of accuracy'), annot_kws=dict(size=8.5), linewidths=0.5)
+        ax.set_facecolor('#ececec')
+        texts = iter(ax.texts)
+        for (task, question), v in points.stack(future_stack=True).items():
+            if np.isnan(v): continue
+            text, bounds = next(texts), (low.at[task, question], high.at[task, question])
+            if np.isnan(bounds[0]): text.set_fontstyle('italic')
+            elif bounds[0] > 0 or bounds[1] < 0: text.set_fontweight('bold')
+        ax.set_title(_WAYS[way], fontsize=9)
+        ax.set(xlabel='', ylabel='', yticklabels=[plain(t) for t in order])
         ax.tick_params(axis='y', rotation=0)
         plt.setp(ax.get_xticklabels(), rotation=30, ha='right')
+    n = sorted(set(found.seeds))
+    note = f'Accuracy with the task minus accuracy without it, mean of {f"{n[0]} to {n[-1]}" if len(n) > 1 else n[0]} pretraining seed{"s" if n[-1] > 1 else ""}.\nBold: the 95 % t interval over seeds leaves out zero; plain: it does not; (in brackets): one seed, no interval.'
+    fig.supxlabel(note, fontsize=7.5, color='#505050', x=0.02, ha='left', multialignment='left')
     return fig

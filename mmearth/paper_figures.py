@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARM_COLOURS', 'READERS', 'COLUMNS', 'Drawn', 'efficiency_figure', 'protocol_gap', 'keep_reconstruction',
-           'read_reconstruction', 'reconstruction_figure', 'outputs', 'architecture', 'temporal_figure',
+           'read_reconstruction', 'kept_views', 'reconstruction_figure', 'outputs', 'architecture', 'temporal_figure',
            'dataset_figures']
 
 # %% ../nbs/41a_paper_figures.ipynb #imports
@@ -19,10 +19,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from .atlas import about, biome_counts, climate, heights, holes, land_cover, levels, paper_months
 from .compare import METRICS, PROTOCOL_NAMES, percent
-from .figures import ARMS, family
-from .layers import hatch
+from .figures import ARMS, family, plain
+from .layers import LAYERS, class_legend, hatch
 from .modalities import TASKS, modality, select
-from .tables import GRIDS, SETTING, TASK_NAMES, our_cells, paper_cells, task_metrics
+from .tables import DATA_NAMES, GRIDS, SETTING, TASK_NAMES, our_cells, paper_cells, task_metrics
 
 # %% ../nbs/41a_paper_figures.ipynb #drawn
 class Drawn(NamedTuple):
@@ -79,13 +79,22 @@ def efficiency_figure(rows:pd.DataFrame, # of `mmearth.tables.described`
         ax.yaxis.label.set_size(8.5)
         if not ((table.task == task) & (table.whose != 'paper')).any(): ax.text(0.97, 0.03, 'ours: not available', transform=ax.transAxes, ha='right', fontsize=7.5, color=_GREY, style='italic')
     axes[1].set_xlabel('share of the training labels', fontsize=8.5)
-    handles = [Line2D([], [], color=c, lw=2.5, label=a) for a, c in ARM_COLOURS.items()]
-    handles += [Line2D([], [], color=_GREY, ls=(0, (4, 2)), lw=1.3, marker='o', mfc='white', ms=5, label='paper, digitised'), Line2D([], [], color=_INK, lw=2, marker='o', ms=5, label='ours, 95 % interval')]
+    ours = set(table.whose) != {'paper'}  # the legend shows what is drawn, as it is drawn
+    handles = [Line2D([], [], color=c if ours else _greyish(c), lw=2.5, label=a) for a, c in ARM_COLOURS.items()]
+    handles += [Line2D([], [], color=_GREY, ls=(0, (4, 2)), lw=1.3, marker='o', mfc='white', ms=5, label='paper, digitised')]
+    handles += [Line2D([], [], color=_INK, lw=2, marker='o', ms=5, label='ours, 95 % interval')] * ours
     fig.legend(handles=handles, loc='outside lower center', ncol=5, frameon=False, fontsize=8.5, handlelength=2.6)
     return Drawn(fig, table)
 
 # %% ../nbs/41a_paper_figures.ipynb #gap
 READERS = {'linear-paper': ('o', '#D55E00'), 'linear': ('s', '#0072B2'), 'knn': ('D', '#009E73'), 'knn-galileo': ('D', '#009E73')}  # mark and colour, told apart without colour, too
+
+_TARGETS = {'BGR': 'the image alone', 'S2': 'the image alone', 'all': 'all tasks'}
+
+def _called(setting:dict)->str:
+    "A pretraining in plain words: on what, and what it predicted."
+    data, targets = setting['pretrain'], setting['targets']
+    return f'{data}, {_TARGETS.get(targets, targets)}' if targets else data.removeprefix('none, ')
 
 def _gap_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
     "Everything that reads frozen features with all labels, by task and kind of pretraining."
@@ -97,7 +106,7 @@ def _gap_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
               for r in numbers.query("model == 'MMEarth Atto' and protocol == 'knn-galileo' and fraction == 1").itertuples()]
     told = {f['task'] for f in found if f['reader'] == 'linear-paper'} | set(ours[ours.protocol == 'linear-paper'].task)
     for r in ours[ours.task.isin(told) & ours.protocol.isin(READERS) & (ours.fraction == 1)].to_dict('records'):
-        arm = names.get(tuple(r[k] for k in SETTING), r['group'])
+        arm = names.get(tuple(r[k] for k in SETTING), _called(r))
         found.append(dict(task=r['task'], arm=arm, reader=r['protocol'], whose=r['group'], metric=r['metric'], value=r['mean'], low=r['low'], high=r['high'], known_from=r['run_ids']))
     table = pd.DataFrame(found, columns=['task', 'arm', 'reader', 'whose', 'metric', 'value', 'low', 'high', 'known_from'])
     order = {t: i for i, t in enumerate(TASK_NAMES)}, {a: i for i, a in enumerate(_ARMS)}
@@ -128,7 +137,7 @@ def protocol_gap(rows:pd.DataFrame, # of `mmearth.tables.described`
         shift = {w: 0.17 * i for i, w in enumerate(marks.whose[~marks.whose.isin(('paper', 'third party'))].unique())}
         ax.plot([marks.value.min(), marks.value.max()], [at, at], color='#c9c9c9', lw=2.4, solid_capstyle='round', zorder=1)
         for r in marks.itertuples(): _gap_mark(ax, r, at + shift.get(r.whose, 0))
-    for at, task in heads: ax.text(0, at, f'{TASK_NAMES.get(task, task)}, {METRICS[task_metrics(task)[0]]}', transform=ax.get_yaxis_transform(), fontsize=9, fontweight='bold', color=_INK, va='center')
+    for at, task in heads: ax.text(0, at, f'{TASK_NAMES.get(task) or DATA_NAMES.get(task.removesuffix("-rgb"), task)}, {METRICS[task_metrics(task)[0]]}', transform=ax.get_yaxis_transform(), fontsize=9, fontweight='bold', color=_INK, va='center')
     _plain(ax, 'x')
     ax.spines['left'].set_visible(False)
     ax.set(yticks=[l[0] for l in lines], yticklabels=[l[1] for l in lines], ylim=(y - 0.3, -0.6), xlabel='score of frozen features with all labels, %')
@@ -137,11 +146,13 @@ def protocol_gap(rows:pd.DataFrame, # of `mmearth.tables.described`
     seen = table.drop_duplicates(['reader', 'whose']).assign(quoted=lambda t: t.whose.isin(('paper', 'third party'))).drop_duplicates(['reader', 'quoted'])
     handles = [Line2D([], [], ls='', marker=READERS[r.reader][0], color=READERS[r.reader][1], mfc='white' if r.quoted else READERS[r.reader][1], mew=1.5, ms=6, label=f'{PROTOCOL_NAMES[r.reader]} ({r.whose if r.quoted else "ours"})') for r in seen.itertuples()]
     if seen.quoted.all(): handles.append(Line2D([], [], ls='', label='ours: not available'))
+    if not seen.quoted.all(): handles.append(Line2D([], [], color=_GREY, lw=1.4, label='95 % interval over test images and runs'))
     fig.legend(handles=handles, loc='outside upper center', ncol=2, frameon=False, fontsize=8)
     return Drawn(fig, table)
 
 # %% ../nbs/41a_paper_figures.ipynb #keep-reconstruction
-COLUMNS = dict(sentinel2=('Sentinel-2', ('B4', 'B3', 'B2')), canopy_height_eth=('Canopy height', ('height',)), sentinel1=('Sentinel-1 VH (asc)', ('asc_VH',)), dynamic_world=('Dynamic World', None), esa_worldcover=('ESA WorldCover', None))
+COLUMNS = dict(sentinel2=('Sentinel-2', ('B4', 'B3', 'B2')), canopy_height_eth=('Canopy height', ('height',)), sentinel1=('Sentinel-1 VH (asc)', ('asc_VV', 'asc_VH')), dynamic_world=('Dynamic World', None), esa_worldcover=('ESA WorldCover', None))  # title, bands that are kept; the last is drawn of Sentinel-1
+_KEPT = {t: bands for t, (_, bands) in COLUMNS.items()} | dict(aster=('elevation',))
 
 def keep_reconstruction(folder:str|Path, # of the run
                         originals:dict, # task -> (C, H, W) in stored units, NaN for holes; or (H, W) class numbers, -1 for holes
@@ -150,10 +161,10 @@ def keep_reconstruction(folder:str|Path, # of the run
                         bands:dict|None=None, # task -> names of its C planes; the table's training bands by default
                        )->Path: # reconstructions.npz
     "Keeps what `reconstruction_figure` draws of one tile."
-    lost = [t for t in COLUMNS if t in originals and t not in predictions]
+    lost = [t for t in _KEPT if t in originals and t not in predictions]
     if lost: raise KeyError(f'keep_reconstruction: no prediction of {", ".join(lost)}; give one for every original, or leave the original out')
     arrays = dict(mask=np.asarray(mask, bool))
-    for task, (_, wanted) in COLUMNS.items():
+    for task, wanted in _KEPT.items():
         names = tuple((bands or {}).get(task) or modality(task).train_bands)
         if task not in originals or (wanted and not set(wanted) <= set(names)): continue
         for kind, source in (('original', originals), ('predicted', predictions)):
@@ -174,6 +185,13 @@ def read_reconstruction(folder:str|Path)->dict[str, np.ndarray]: # mask, and <ta
     for key, x in found.items():
         if shape is None or len(shape) != 2 or x.shape[-2:] != shape: raise ValueError(f'{path.parent.name}/{path.name}, {key}: shape {x.shape} does not fit the mask {shape}; run runs/pretrain again')
     return found
+
+def kept_views(folder:str|Path # of a pretraining run
+              )->tuple[dict, dict, np.ndarray, dict]: # originals, predictions, mask, bands
+    "What a run kept of one tile, as `mmearth.figures.reconstructions` takes it."
+    kept = read_reconstruction(folder)
+    sides = [{t: x.astype(np.float32) if x.ndim == 3 else x for t in _KEPT if (x := kept.get(f'{t}.{side}')) is not None} for side in ('original', 'predicted')]
+    return *sides, kept['mask'], {t: b[-len(sides[0][t]):] for t, b in _KEPT.items() if b and t in sides[0]}
 
 # %% ../nbs/41a_paper_figures.ipynb #reconstruction
 def _rendered(task:str, x:np.ndarray, limits:tuple)->np.ndarray: # (H, W, 4)
@@ -199,26 +217,29 @@ def _hidden_error(task:str, true:np.ndarray, guess:np.ndarray, mask:np.ndarray)-
 
 def reconstruction_figure(folder:str|Path, # of a pretraining run
                          )->Drawn:
-    "Masked, reconstruction, reconstruction with the visible part, and original, a column for each modality."
+    "Masked, reconstruction (pale where nothing was taught), reconstruction with the visible part, and original, a column for each modality."
     kept = read_reconstruction(folder)
     mask, tasks = kept['mask'], [t for t in COLUMNS if f'{t}.original' in kept]
     if not tasks: raise ValueError(f'{Path(folder).name}/reconstructions.npz holds none of {", ".join(COLUMNS)}; nothing can be drawn')
-    fig, axes = plt.subplots(4, len(tasks), figsize=(1.55 * len(tasks) + 0.9, 6.6), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(4, len(tasks), figsize=(1.55 * len(tasks) + 0.9, 7.2), squeeze=False, layout='constrained')
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     black, lines = np.array([0, 0, 0, 1.]), []
     for column, task in zip(axes.T, tasks):
-        true, guess = kept[f'{task}.original'], kept[f'{task}.predicted']
+        true, guess = (kept[f'{task}.{k}'][-1:] if task == 'sentinel1' else kept[f'{task}.{k}'] for k in ('original', 'predicted'))
         finite = true[np.isfinite(true)] if true.ndim == 3 else true
         limits = (float(finite.min()), float(finite.max())) if finite.size else (0., 1.)
         truth, predicted, hidden = _rendered(task, true, limits), _rendered(task, guess, limits), mask[..., None]
-        for ax, picture in zip(column, (np.where(hidden, black, truth), predicted, np.where(hidden, predicted, truth), truth)):
+        pale = np.where(hidden, predicted, 1 - 0.3 * (1 - predicted))
+        for ax, picture in zip(column, (np.where(hidden, black, truth), pale, np.where(hidden, predicted, truth), truth)):
             drawn = truth[..., 3].any()  # a head that was never taught has nothing to show
             hatch(ax, '' if drawn else 'not measured')
             if drawn: ax.imshow(picture, interpolation='nearest', zorder=1)
             else: ax.set_box_aspect(1)
         column[0].set_title(COLUMNS[task][0], fontsize=9)
+        if drawn and true.ndim == 2: class_legend(column[-1], next(l for l in LAYERS if l.modality == task), true, true >= 0, 5, 1)
         lines.append(dict(task=task) | _hidden_error(task, true, guess, mask))
     for ax, row in zip(axes[:, 0], ('Masked', 'Reconstruction', 'Reconstruction\n+ Visible', 'Original')): ax.set_ylabel(row, fontsize=9)
+    fig.supxlabel(f'{100 * mask.mean():.0f} % of the pixels are hidden (black); the loss counts those alone,\nso what is predicted for visible ones has no meaning and is drawn pale.', fontsize=7.5, color='#505050', x=0.02, ha='left', multialignment='left')
     return Drawn(fig, pd.DataFrame(lines).assign(hidden=float(mask.mean()), run_id=Path(folder).name))
 
 # %% ../nbs/41a_paper_figures.ipynb #architecture
@@ -245,13 +266,12 @@ def outputs()->pd.DataFrame: # task, level, kind, outputs, loss
     tasks = [modality(t) for t in TASKS]
     return pd.DataFrame([dict(task=t, level=m.level, kind=m.kind, outputs=len(m.classes) or len(m.train_bands), loss='cross-entropy' if m.kind == 'categorical' else 'squared error') for t, m in zip(TASKS, tasks)])
 
-_HEADS = dict(sentinel2='Sentinel-2', sentinel1='Sentinel-1', aster='ASTER DEM', esa_worldcover='ESA WorldCover', dynamic_world='Dynamic World', canopy_height_eth='Canopy height',
-              era5='ERA5', lat='Latitude', lon='Longitude', biome='Biome', eco_region='Ecoregion', month='Month')
-
 # %% ../nbs/41a_paper_figures.ipynb #architecture-figure
+_HEADS = ('sentinel2', 'sentinel1', 'aster', 'esa_worldcover', 'dynamic_world', 'canopy_height_eth', 'era5', 'lat', 'lon', 'biome', 'eco_region', 'month')
+
 def architecture()->Drawn:
     "MP-MAE from the masked image to its twelve heads."
-    heads = outputs().set_index('task').loc[list(_HEADS)].reset_index()
+    heads = outputs().set_index('task').loc[[*_HEADS]].reset_index()
     fig, ax = plt.subplots(figsize=(9.4, 4.5))
     fig.subplots_adjust(0.005, 0.01, 0.995, 0.99)
     ax.set(xlim=(0, 18.8), ylim=(0, 9), xticks=[], yticks=[])
@@ -273,7 +293,7 @@ def architecture()->Drawn:
         y, colour = (8.0 if pixel else 3.22) - 0.62 * (i % 6), family(r.task).colour
         ax.plot([13.45, 14.05, 14.4], [4.5, y + 0.24, y + 0.24], color='#b0b0b0', lw=0.9, zorder=0)
         ax.add_patch(FancyBboxPatch((14.45, y), 2.25, 0.48, boxstyle='round,pad=0.02', fc=colour, ec='none', alpha=0.9))
-        ax.text(15.57, y + 0.235, _HEADS[r.task], ha='center', va='center', fontsize=8, color='white')
+        ax.text(15.57, y + 0.235, 'ASTER DEM' if r.task == 'aster' else plain(r.task), ha='center', va='center', fontsize=8, color='white')
         ax.text(16.85, y + 0.235, f'{r.outputs} {"classes" if r.kind == "categorical" else "bands" if pixel else "numbers"}', va='center', fontsize=7.5, color='#505050')
     return Drawn(fig, heads)
 

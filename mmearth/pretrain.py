@@ -359,7 +359,8 @@ def pictures(model:MPMAE, feed:Feed, position:int=0)->tuple[dict, dict, np.ndarr
     "Truth (NaN or -1 where unmeasured), prediction and hidden pixels of one tile."
     batch, mask, rows = feed.batch(position)
     guesses = reconstruct(model, batch, mask)
-    i = int(torch.stack([batch['valid'][t].flatten(1).any(1) for t in guesses]).sum(0).argmax())
+    contrast = batch['sentinel2'].nan_to_num().flatten(2).std(2).mean(1)
+    i = int((torch.stack([batch['valid'][t].flatten(1).any(1) for t in guesses]).sum(0) + 1 / (2 + (contrast - 1).abs())).argmax())
     level = LEVELS.index(feed.store.levels[rows[i]])
     truth, guess = {}, {}
     for t, predicted in guesses.items():

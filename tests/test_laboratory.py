@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmearth.laboratory import arms, effects, experiment, questions
+from mmearth.laboratory import arms, draw_effects, effects, experiment, questions
 from mmearth.modalities import TASKS, modality
 from mmearth.recipe import Recipe, RecipeError
 from mmearth.store import Store
@@ -31,6 +31,20 @@ def test_effects_are_paired_by_seed():
         wide = 2.776445 * np.std(each, ddof=1) / 5 ** 0.5
         assert (r.points, r.low, r.high) == pytest.approx((np.mean(each), np.mean(each) - wide, np.mean(each) + wide))
     assert found.low['left out', 'biome'] > 8 and abs(found.points['left out', 'lat']) < 1 and found.low['taken in', 'biome'] > 8
+
+
+def test_the_picture_tells_what_has_no_interval():
+    shape = dict(way='left out', question='q', points=-2.0, seeds=3)
+    found = pd.DataFrame([shape | dict(task='lat', low=-3.0, high=-1.0), shape | dict(task='lon', low=-5.0, high=1.0), shape | dict(task='biome', low=np.nan, high=np.nan, seeds=1),
+                          shape | dict(task='month', question='other', low=np.nan, high=np.nan, seeds=1)])
+    fig = draw_effects(found)
+    minus = '\N{MINUS SIGN}'
+    drawn = [(t.get_text(), t.get_fontweight(), t.get_fontstyle()) for t in fig.axes[0].texts]
+    assert drawn == [(f'{minus}2.0', 'bold', 'normal'), (f'{minus}2.0', 'normal', 'normal'), (f'({minus}2.0)', 'normal', 'italic'), (f'({minus}2.0)', 'normal', 'italic')]  # q of lat, lon, biome; other of month
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['Latitude', 'Longitude', 'Biome', 'Month']
+    note = fig._supxlabel.get_text()
+    assert 'mean of 1 to 3 pretraining seeds' in note and 'Bold: the 95 % t interval over seeds leaves out zero' in note
+    assert 'mean of 3 pretraining seeds' in draw_effects(found[:2])._supxlabel.get_text()
 
 
 def test_one_that_was_stopped_goes_on(tmp_path):

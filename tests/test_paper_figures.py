@@ -45,6 +45,21 @@ def test_another_protocol_never_enters_label_efficiency(numbers):
     assert set(f.efficiency_figure(rows(metric='macro_f1'), numbers).numbers.whose) == {'paper'}
 
 
+def test_the_gap_calls_runs_by_what_they_are(numbers):
+    from mmearth.tables import FLOORS
+    mine = rows(task='eurosat-rgb', which=2).assign(pretrain='EuroSAT RGB', targets='1 pixel and 7 image tasks', group='eurosat-all')
+    floor = rows(task='eurosat-rgb', protocol='knn').assign(**FLOORS['random_filters'], group='eurosat-protocols random_filters', run_id='eurosat-protocols')
+    drawn = f.protocol_gap(pd.concat([mine, floor], ignore_index=True), numbers)
+    labels = [t.get_text() for t in drawn.fig.axes[0].get_yticklabels()]
+    assert set(labels[-2:]) == {'EuroSAT RGB, 1 pixel and 7 image tasks', 'random filters'} and 'EuroSAT RGB, accuracy' in [t.get_text() for t in drawn.fig.axes[0].texts]
+    assert not any('eurosat-' in x for x in labels) and set(drawn.numbers.whose) >= {'eurosat-all'}
+
+
+def test_the_legend_shows_what_is_drawn(numbers):
+    said = [[t.get_text() for t in f.efficiency_figure(r, numbers).fig.legends[0].get_texts()] for r in (rows(), rows()[:0])]
+    assert said[0] == [*said[1], 'ours, 95 % interval'] and said[1][-1] == 'paper, digitised'
+
+
 def test_the_gap_holds_every_reader_and_nothing_else(numbers):
     frame = pd.concat([rows(protocol=p, value=v) for p, v in (('linear-paper', 0.7), ('linear', 0.9), ('knn', 0.8), ('finetune', 0.95))])
     table = f.protocol_gap(frame, numbers).numbers
@@ -71,7 +86,7 @@ def test_kept_arrays_are_those_drawn_and_repeat(tmp_path):
     found = f.read_reconstruction(tmp_path)
     names = modality('sentinel2').train_bands
     np.testing.assert_array_equal(found['sentinel2.original'], true['sentinel2'][[names.index(b) for b in ('B4', 'B3', 'B2')]].astype(np.float16))
-    assert found['dynamic_world.original'].dtype == np.int8 and 'aster.original' not in found
+    assert found['dynamic_world.original'].dtype == np.int8 and found['aster.original'].shape == (1, 16, 16) and found['sentinel1.original'].shape == (2, 16, 16)
     assert f.keep_reconstruction(tmp_path, true, guess, mask).read_bytes() == first
     numbers = f.reconstruction_figure(tmp_path).numbers.set_index('task')
     assert numbers.loc['sentinel1', 'value'] == pytest.approx(1, abs=0.02) and numbers.loc['dynamic_world', 'value'] == 1
@@ -83,10 +98,23 @@ def test_pictures_are_put_together_from_their_parts(tmp_path):
     _, _, mask = arrays()
     axes = np.array(f.reconstruction_figure(tmp_path).fig.axes).reshape(4, 5)
     masked, predicted, joined, original = (ax.images[0].get_array() for ax in axes[:, 0])
+    assert (predicted[~mask][:, :3] > 0.69).all()  # never taught, drawn pale
     assert (masked[mask][:, :3] == 0).all()
     np.testing.assert_array_equal(joined[mask], predicted[mask])
     np.testing.assert_array_equal(joined[~mask], original[~mask])
     assert not any(ax.images for ax in axes[:, 1]) and axes[0, 1].texts[0].get_text() == 'not measured'  # canopy height: nothing was measured, nothing is shown
+
+
+def test_kept_arrays_go_back_into_the_other_figure(tmp_path):
+    true, guess, mask = arrays()
+    f.keep_reconstruction(tmp_path, true, guess, mask)
+    originals, predictions, found, bands = f.kept_views(tmp_path)
+    assert set(originals) == set(predictions) == set(f.COLUMNS) | {'aster'} and bands['sentinel1'] == ('asc_VV', 'asc_VH')
+    np.testing.assert_array_equal(found, mask)
+    np.testing.assert_array_equal(predictions['sentinel1'], guess['sentinel1'][[modality('sentinel1').train_bands.index(b) for b in bands['sentinel1']]].astype(np.float16).astype(np.float32))
+    arrays_ = dict(np.load(tmp_path / 'reconstructions.npz'))  # as older runs kept them: VH alone
+    np.savez(tmp_path / 'reconstructions.npz', **{k: v[-1:] if k.startswith('sentinel1') else v for k, v in arrays_.items() if not k.startswith('aster')})
+    assert f.kept_views(tmp_path)[3]['sentinel1'] == ('asc_VH',) and f.reconstruction_figure(tmp_path).numbers.task.tolist() == list(f.COLUMNS)
 
 
 def test_other_bands_of_the_image(tmp_path):

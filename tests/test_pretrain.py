@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mmearth.modalities import TASKS, modality
 from mmearth.pack import Pack, pack
-from mmearth.pretrain import CLOCK, Diverged, Feed, Trainer, checkpoints, latest, pretrain
+from mmearth.pretrain import CLOCK, Diverged, Feed, Trainer, build, checkpoints, latest, pictures, pretrain
 from mmearth.recipe import Recipe, RecipeError, load_recipe, save_recipe
 from mmearth.report import repo_root
 from mmearth.store import Store, StoreError
@@ -316,3 +316,22 @@ def test_ctrl_c_ends_behind_a_checkpoint(tmp_path):
     done = int(latest(tmp_path / 'run').name.split('-')[1])
     again = pretrain(load_recipe(SMOKE, data=str(root), crop=16, batch=4, epochs=400), Store(root), tmp_path / 'run', until=done + 1, progress=False)
     assert again.updates == done + 1
+
+
+def test_the_tile_that_is_shown_has_maps_and_contrast(tiny_store):
+    store, recipe = Store(tiny_store), dataclasses.replace(SMALL, batch=16)
+    model, _ = build(recipe, store)
+    feed = Feed(store, recipe, model.wanted, torch.device('cpu'))
+    batch, mask, rows = feed.batch(0)
+    pixel = [t for t in recipe.tasks if modality(t).level == 'pixel']
+    for maps, contrast in ((0, 0.01), (1, 1.1), (2, 30)):  # water, land, snow: rows 3, 4, 5
+        batch['sentinel2'][3 + maps] = contrast * torch.linspace(-1.7, 1.7, 56 * 56).reshape(56, 56)
+    for t in pixel: batch['valid'][t][:] = False
+    for t in pixel[:2]: batch['valid'][t][3:6] = True
+    feed.batch = lambda position: (batch, mask, rows)
+    truth, _, hidden = pictures(model.eval(), feed)
+    mean, inverse = (table['sentinel2'][('l1c', 'l2a').index(store.levels[rows[4]])][:, None, None] for table in (feed.scale.mean, feed.scale.inverse))
+    np.testing.assert_allclose(truth['sentinel2'], (batch['sentinel2'][4] / inverse + mean).numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(hidden, np.kron(mask[4].numpy().reshape(7, 7), np.ones((8, 8))) > 0)
+    batch['valid'][pixel[2]][5] = True  # one more map is worth more than any contrast
+    np.testing.assert_array_equal(pictures(model, feed)[2], np.kron(mask[5].numpy().reshape(7, 7), np.ones((8, 8))) > 0)
