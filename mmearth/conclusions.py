@@ -50,8 +50,8 @@ def _paired(arm:dict, baseline:dict)->list[dict]: # of `_by_cell`
         (one, half, n_test), (two, other, _) = arm[key], baseline[key]
         d, of = _differences(one, two)
         if not d: continue
-        mean, wide, spread = float(np.mean(d)), t_interval(d) if len(d) > 1 else np.nan, np.std(d, ddof=1) if len(d) > 1 else 0
-        p = float(2 * stats.t.sf(abs(mean) / (spread / len(d) ** 0.5), len(d) - 1)) if spread > 0 else np.nan
+        mean, spread = float(np.mean(d)), np.std(d, ddof=1) if len(d) > 1 else 0
+        wide, p = (t_interval(d), float(2 * stats.t.sf(abs(mean) / (spread / len(d) ** 0.5), len(d) - 1))) if spread > 1e-9 else (np.nan, np.nan)  # equal but for rounding: no spread to judge by
         found.append(dict(zip(CELLS, key)) | dict(difference=mean, low=mean - wide, high=mean + wide, p=p, images=float(np.hypot(half, other)), pairs=len(d), of=of, n_test=n_test))
     return found
 
@@ -203,7 +203,7 @@ def _clearest(cells:pd.DataFrame, many:int=2)->str:
     lines = []
     for side, part in (('for', up[:many]), ('against', down[:many])):
         for r in part.itertuples():
-            interval = f' ({100 * r.low:+.1f} to {100 * r.high:+.1f})' if np.isfinite(r.low) else ' (one pair)'
+            interval = f' ({100 * r.low:+.1f} to {100 * r.high:+.1f})' if np.isfinite(r.low) else ' (no interval)'
             lines.append({'speaks': side, 'arm': r.arm, 'baseline': r.baseline, 'where': ', '.join(_names(r)), 'difference, points': f'{100 * r.difference:+.1f}{interval}', 'luck of images': f'{100 * r.images:.1f}',
                           'pairs': f'{r.pairs} {r.of}', 'corrected p': f'{r.corrected:.2f}' if np.isfinite(r.corrected) else 'none', 'counts': 'yes' if r.counts else 'no'})
     return markdown(pd.DataFrame(lines))
@@ -396,8 +396,8 @@ def conclusions(rows:pd.DataFrame, # of `described`
     told, measured = pairs[pairs.against != ''], places[places.whose == 'measured here']
     text = [*_opening(rows, told), '## In short', '', *(f'- **Claim {c}**, {CLAIMS[c][0][0].lower()}{CLAIMS[c][0][1:]}: **{VERDICTS[judged[c][0]]}**.' for c in CLAIMS),
             '- **Claim 4**, the method compares well with earlier work: ' + (f'scores measured here are above {measured.below.sum()} of {measured.others.sum()} scores of others.' if len(measured) else '**cannot be told: no kept run has a score under a protocol that others report**.'), '']
-    if len(told): text += ['The best arm on the test split that is named, in %; and how often trained arms are above and below a baseline, counted over all readers, shares of the labels and splits:', '', markdown(in_short(table, told))]
-    if len(drawn_pairs(told)): text += ['![Trained arms minus baselines, by share of the labels](figures/paper-conclusions.png)', '', 'Bars are intervals of the paired differences on the first test split, an arrow where a bar goes on; a hollow point is one pair. Most is known of a difference whose bar leaves out zero and whose point lies outside the grey.', '']
+    if len(told): text += ['The best arm on the test split that is named, in %, and from which arms under the same reader it is not told apart; and how often trained arms are above and below a baseline, counted over all readers, shares of the labels and splits:', '', markdown(in_short(table, told))]
+    if len(drawn_pairs(told)): text += ['![Trained arms minus baselines, by share of the labels](figures/paper-conclusions.png)', '', 'Bars are intervals of the paired differences on the first test split, an arrow where a bar goes on; a hollow point has no interval. Most is known of a difference whose bar leaves out zero and whose point lies outside the grey.', '']
     text += ['## Claims of the paper', '', 'A pair of arms tests a claim when it differs in what the claim is about and in nothing else. A cell is a task, reader, share of labels and split; it counts when its p-value, corrected over the cells of the claim by Holm\'s method, is below 0.05 and its difference is larger than the luck of the test images. Runs on synthetic Earth are left out.', '', claims_text(judged, places),
              '## Where intervals part', '', 'One mark for each share of the labels, from few to all; a slash between splits. ▲ ▼ the intervals of the arms part; △ ▽ only that of the paired differences leaves out zero; · not told apart; – not measured.' + (' Nearest neighbours are in [all pairs](tables/paper-pairs.csv).' if told.protocol.str.startswith('knn').any() else '') if len(told) else 'There is nothing to compare.', '',
              *_experiments(table, told), '## What this page cannot know', '', *_unknown(table, told)]
