@@ -97,9 +97,9 @@ def _origin(run:dict, by_id:dict, model:str='')->tuple[dict, str, str, object]: 
 
 def result_rows(runs:list[dict], # kept runs, as `load_runs` of 40_report gives them
                )->pd.DataFrame: # their result rows, with run_id
-    "Result rows of those runs that evaluated something; others, such as benchmarks, keep rows of another kind."
+    "Result rows of those runs that evaluated an encoder; others keep rows of another kind, or scores of invented features."
     wanted = ['task', 'protocol', 'fraction', 'seed', 'split', 'metric', 'value', 'low', 'high']
-    found = [r['rows'].assign(run_id=r['run_id']) for r in runs if r.get('rows') is not None and set(wanted) <= set(r['rows'])]
+    found = [r['rows'].assign(run_id=r['run_id']) for r in runs if r.get('rows') is not None and set(wanted) <= set(r['rows']) and {'pretrained', 'checkpoint', 'models'} & set(r['params'])]
     for rows in found:
         bad = rows[~(rows[['value', 'low', 'high']].apply(pd.to_numeric, errors='coerce').apply(lambda c: c.between(0, 1)).all(axis=1))]
         if len(bad): raise ValueError(f'{rows.run_id.iloc[0]}/rows.csv, line {bad.index[0] + 2}: value, low and high are {bad[["value", "low", "high"]].iloc[0].tolist()}, not numbers from 0 to 1; run its notebook again')
