@@ -22,7 +22,7 @@ from .index import in_words
 from .splits import read_outline
 from .pack import open_tiles
 from .pretrain import checkpoints, latest
-from .recipe import Recipe, RecipeError, check, differences, read_yaml, to_dict
+from .recipe import Recipe, RecipeError, check, differences, read_values, to_dict
 from .report import RunError, declared, index, load_runs, repo_root, run_notebook
 from .standin import STANDINS, write_standin
 from .store import Store, StoreError, TileSet
@@ -127,9 +127,9 @@ class Experiment:
 
 def load_experiment(path:Path)->Experiment:
     "Reads an experiment file; unknown or missing keys are errors that name it."
-    values = read_yaml(Path(path).read_text())
+    values = read_values(path)
     known = {f.name for f in dataclasses.fields(Experiment)} - {'name'}
-    if not isinstance(values, dict) or set(values) - known: raise RecipeError(f'{Path(path).name}: keys must be among {", ".join(sorted(known))}')
+    if set(values) - known: raise RecipeError(f'{Path(path).name}: keys must be among {", ".join(sorted(known))}')
     missing = known - {'seeds', 'floor'} - set(values)
     if missing: raise RecipeError(f'{Path(path).name}: {", ".join(sorted(missing))} missing')
     seeds = values.get('seeds', [0, 1, 2])
@@ -197,7 +197,7 @@ def run_jobs(e:Experiment, runs:str, jobs:int):
             bar.refresh()
 
 # %% ../nbs/42_experiment.ipynb #run-experiment
-def experiment(name:str, # of a file in nbs/runs/experiments, or a file of one's own
+def experiment(name:str, # of a file in nbs/runs/experiments, or the path of a .yaml file of one's own
                into:str='reports', # folder that receives runs/, tables/ and figures/
                jobs:int=0, # at a time; 0: one on a GPU, one per core up to four without
               )->Path: # folder of the report's run
@@ -226,7 +226,7 @@ def main(args:list[str]|None=None)->Path:
     kept = experiment(a.name, into, a.jobs)
     found = [p for part in ('tables', 'figures') for p in sorted((root / into / part).glob(f'{name}-*')) if p.suffix in ('.md', '.png')]
     lines = [json.loads((kept / 'metrics.json').read_text())['headline'], '', f'{(time.perf_counter() - start) / 60:.1f} minutes; tables and figures:']
-    sys.stdout.write('\n'.join(lines + [f'  {p.relative_to(root)}' for p in found]) + '\n')
+    sys.stdout.write('\n'.join(lines + [f'  {os.path.relpath(p, root)}' for p in found]) + '\n')
     return kept
 
 # %% ../nbs/42_experiment.ipynb #command-line

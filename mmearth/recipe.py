@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASK_SETS', 'CHOICES', 'POSITIVE', 'RecipeError', 'Recipe', 'coerce', 'check', 'check_names', 'read_yaml',
-           'load_recipe', 'save_recipe', 'to_dict', 'recipe_hash', 'differences', 'updates', 'peak_lr']
+           'read_values', 'load_recipe', 'save_recipe', 'to_dict', 'recipe_hash', 'differences', 'updates', 'peak_lr']
 
 # %% ../nbs/20_recipe.ipynb #imports
 import dataclasses, difflib, hashlib, json, math, re
@@ -133,14 +133,19 @@ def read_yaml(text:str): # what it says: a dict, a list, a number ...
     "Plain values of a YAML text; 1e-3 is a number."
     return yaml.load(text, _Loader)
 
-def load_recipe(path:Path, # YAML file
-                **overrides, # values that replace those of the file
-               )->Recipe:
-    "Reads a recipe; unknown keys and wrong types are errors that name the file."
+def read_values(path:Path)->dict: # of a YAML file
+    "Keys and values of a file; one that has none is an error that names it."
     try: values = read_yaml(Path(path).read_text(encoding='utf-8')) or {}
     except UnicodeDecodeError as e: raise RecipeError(f'{path} is no text; give a YAML file of `key: value` lines') from e
     except yaml.YAMLError as e: raise RecipeError(f'{path} is not valid YAML: {" ".join(str(e).split())}; write `key: value` lines') from e
     if not isinstance(values, dict): raise RecipeError(f'{path} must hold `key: value` lines, not a {type(values).__name__}')
+    return values
+
+def load_recipe(path:Path, # YAML file
+                **overrides, # values that replace those of the file
+               )->Recipe:
+    "Reads a recipe; unknown keys and wrong types are errors that name the file."
+    values = read_values(path)
     try: return Recipe(**check(values | overrides))
     except RecipeError as e: raise RecipeError(f'{path}: {e}') from e
 

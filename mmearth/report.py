@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from yaml import YAMLError
 from .index import in_words
-from .recipe import Recipe, check as check_recipe, differences, load_recipe, read_yaml, to_dict
+from .recipe import Recipe, check as check_recipe, differences, load_recipe, read_values, read_yaml, to_dict
 from .weights import file_hash, plain
 
 # %% ../nbs/40_report.ipynb #repo-root
@@ -217,10 +217,7 @@ def _recipe_values(recipe:str|Path|None, allowed:dict, notebook:str='pretrain')-
     path = find_recipe(recipe, notebook)
     if _FIELDS <= allowed.keys(): return to_dict(load_recipe(path)), path
     if 'recipe' in allowed: return dict(recipe=str(path)), path
-    try: values = read_yaml(path.read_text(encoding='utf-8')) or {}
-    except (ValueError, YAMLError) as e: raise ValueError(f'{path.name} is not valid YAML: {e}; write `key: value` lines') from e
-    if not isinstance(values, dict): raise ValueError(f'{path.name}: a recipe is a list of `key: value`, not a {type(values).__name__}')
-    return values, path
+    return read_values(path), path
 
 # %% ../nbs/40_report.ipynb #execute
 def _execute(source:Path, folder:Path, params:dict, quiet:bool)->None:
@@ -404,4 +401,4 @@ def main(args:list[str]|None=None, # of the command line, without the program's 
 # %% ../nbs/40_report.ipynb #command-line
 if __name__ == '__main__' and '__file__' in globals():
     try: sys.stdout.write(f'{main()}\n')
-    except (ValueError, KeyError, OSError, YAMLError, RunError) as error: sys.exit(f'{type(error).__name__}: {in_words(error)}')
+    except (ValueError, KeyError, OSError, RunError) as error: sys.exit(f'{type(error).__name__}: {in_words(error)}')
