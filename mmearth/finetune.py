@@ -348,7 +348,7 @@ def finetune(encoder:ConvNeXtV2, # pretrained, with a contract
     x, v = (replace(a, x=a.x[i], level=a.levels[i], source='') if len(i) < len(a) else a for a, i in ((x, part), (v, check)))
     y, w = y[part], w[check]
     names = part if ids is None else np.asarray(ids)[part]
-    result = train_classifier(encoder, (x, y), (v, w), K, p, seed, stats, pick_device() if device == 'auto' else device, names, progress)
+    result = train_classifier(encoder, (x, y), (v, w), K, p, seed, stats, pick_device(device), names, progress)
     def chance(of): return torch.sigmoid(torch.from_numpy(result.answers(of))).numpy()
     line, rows = best_threshold(w, chance(v)) if kind == 'multi' else 0.5, []
     for split, (images, truth, blocks) in held.items():
