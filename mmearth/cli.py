@@ -66,7 +66,6 @@ _Rows = Annotated[str, typer.Option(help='row numbers, as in 0-99,200', show_def
 _Modalities = Annotated[str, typer.Option(help='names joined by commas; all by default', show_default=False)]
 _Workers = Annotated[int, typer.Option(min=0, help='processes; 0 works in this one')]
 _Scheduler = Annotated[str, typer.Option(help='address of a Dask scheduler instead', show_default=False)]
-_Seed = Annotated[int, typer.Option(min=0, help='another seed, another result')]
 _Progress = Annotated[bool, typer.Option(help='show a bar')]
 _Box = Annotated[str, typer.Option(metavar='W,S,E,N', help='degrees; west > east crosses the date line', show_default=False)]
 _Biome = Annotated[str, typer.Option(show_default=False, help='numbers or names, joined by commas: 0 Tundra, 1 Tropical & Subtropical Moist Broadleaf Forests, 2 Mediterranean Forests, Woodlands & Scrub, '
@@ -165,8 +164,8 @@ def card(dataset:Annotated[str, typer.Argument(help='as in MMEarth64')],
 @app.command()
 def serve(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder whose files others may read')], host:Annotated[str, typer.Option(help='0.0.0.0 also answers other machines')]='127.0.0.1', port:Annotated[int, typer.Option(min=0, max=65535, help='0 takes a free one')]=8765, quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no line for each request')]=False):
     "Serve a folder, byte ranges included. What `fetch` on another machine reads; until Ctrl-C. Names that begin with a dot are not served."
-    try: address, server = import_module('mmearth.remote').serve(_folder(root), host, port, told=None if quiet else lambda line: typer.echo(line, err=True))
-    except FileNotFoundError: raise
+    _folder(root)
+    try: address, server = import_module('mmearth.remote').serve(root, host, port, told=None if quiet else lambda line: typer.echo(line, err=True))
     except OSError as e: raise OSError(f'{host}:{port}: {e.strerror or e}; choose another --host or --port') from e
     files = sorted(f for f in (p.relative_to(root).as_posix() for p in root.rglob('*.h5')) if not f'/{f}'.count('/.'))
     typer.echo('\n'.join(f'{address}/{f}' for f in files) or f'{address}: no .h5 file in {root}')
@@ -239,7 +238,7 @@ def export(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row a
 @app.command()
 def split(root:_Dir, name:Annotated[str, typer.Argument(help='of the split; its kind by default', show_default=False)]='', stem:_Stem=None,
           kind:Annotated[str, typer.Option(help='geographic: by whole blocks of the globe; random: by chance')]='geographic',
-          fractions:Annotated[str, typer.Option(help='of train,val,test')]='0.8,0.1,0.1', seed:_Seed=0,
+          fractions:Annotated[str, typer.Option(help='of train,val,test')]='0.8,0.1,0.1', seed:Annotated[int, typer.Option(min=0, help='another seed, another split')]=0,
           block:Annotated[float, typer.Option(help='side of a block, degrees')]=2., buffer:Annotated[float, typer.Option(help='km free of training tiles around the others')]=5.):
     "Divide tiles into train, val and test. Written beside the store; biomes are shared out evenly."
     shares = numbers(fractions, float, 'train,val,test')
@@ -304,7 +303,7 @@ def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of 
         if joined.ranks()[0] == 0: typer.echo(run.checkpoint)
 
 @app.command()
-def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/experiments')], into:Annotated[str, typer.Option(help='folder that receives runs/, tables/ and figures/', show_default=False)]=None,
+def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/experiments, or the path of one like them')], into:Annotated[str, typer.Option(help='folder that receives runs/, tables/ and figures/', show_default=False)]=None,
                jobs:Annotated[int, typer.Option(min=0, help='runs at a time; 0: one on a GPU, one per core up to four without')]=0):
     "Pretrain arms, probe them, report. What is already kept is not run again."
     import_module('mmearth.experiment').main([name, *(['--into', into] if into else []), '--jobs', str(jobs)])

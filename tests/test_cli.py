@@ -228,7 +228,7 @@ def test_errors_are_one_line(words, says, tmp_path, monkeypatch):
     (['export', 'store', 'row:1', 'maps', '--modalities', 'biome'], "maps: no map among biome"), (['export', 'store', 'row:1', 'file/x.nc'], 'file: it is in the way'), (['index', 'store', '--out', 'file/x.parquet'], 'file: it is in the way'),
     (['serve', 'store', '--host', '203.0.113.7'], '203.0.113.7:8765: '), (['run', 'probe', 'x', '-f', 'broken.yaml'], 'broken.yaml is not valid YAML'), (['run', 'pretrain', 'x', '-f', 'broken.yaml'], 'broken.yaml is not valid YAML'),
     (['pretrain', 'smoke', 'store'], 'store: tiles are in this folder; give one for the run, and the tiles as -p data store'), (['pretrain', 'smoke', 'out', '-p', 'device', 'tpu'], "device: 'tpu' is not one of auto, cpu, cuda, mps"),
-    (['pretrain', 'smoke', 'file'], 'file: it is in the way'), (['pretrain', 'smoke', 'out', '-p', 'data', 'empty'], "split: empty has no tiles in 'train'; name another split, or make one: `mmearth split "), (['experiment', 'nosuch'], 'invalid choice')])
+    (['pretrain', 'smoke', 'file'], 'file: it is in the way'), (['pretrain', 'smoke', 'out', '-p', 'data', 'empty'], "split: empty has no tiles in 'train'; name another split, or make one: `mmearth split "), (['experiment', 'nosuch'], 'nosuch: no such experiment; there are ablation')])
 def test_what_is_wrong_is_named_with_a_remedy(words, says, store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').write_text('hello')
