@@ -242,7 +242,7 @@ def test_what_is_wrong_is_named_with_a_remedy(words, says, store, tmp_path, monk
 
 
 @pytest.mark.parametrize('words', [['split', 'x', '--seed', '-1'], ['synthetic', 'x', '--seed', '-1'], ['synthetic', 'x', '--tiles', '0'], ['serve', '.', '--port', '99999'], ['pack', 'x', '--workers', '-1'], ['pack', 'x', '--samples', '0'], ['share', 'x', 'y', '--level', '12'], ['experiment', 'demo', '--jobs', '-1'], ['rehearse', 'smoke', '--seconds', '-1']])
-def test_numbers_out_of_range_are_refused_before_any_work(words): assert re.search('Invalid value for .*(>=|<=)', call(*words, code=2))
+def test_numbers_out_of_range_are_refused_before_any_work(words): assert f"Invalid value for '{words[-2]}'" in call(*words, code=2)  # the rest is worded by typer, not alike in all its versions
 
 
 def test_a_device_that_is_not_there_is_refused():
