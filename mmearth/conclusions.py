@@ -375,7 +375,7 @@ def _unknown(table:pd.DataFrame, pairs:pd.DataFrame)->list[str]:
     seeds = trained.groupby('experiment', sort=False).runs.max() if len(trained) else pd.Series(dtype=int)
     silent = [e or a for e, a in dict.fromkeys(zip(table.experiment, table.arm)) if e not in set(pairs.experiment) and not set(table[table.experiment == e].kind) <= set(_FLOORS)]
     return [*([f'- Seeds are few: at most {few.max()} pairs for any two arms' + (f', fewer than three for {int((few < 3).sum())} of {len(few)}' if (few < 3).any() else '') + '.'] if len(few) else []),
-            *([f'- {_listed(seeds.index[seeds == 1])}: pretrained with one seed, so nothing here speaks of another pretraining; pairs are draws of the labels.'] if (seeds == 1).any() else []),
+            *([f'- {_listed(seeds.index[seeds == 1])}: pretrained with one seed, so nothing here speaks of another pretraining; its pairs are draws of the labels, which overlap where shares are large, so those intervals are too short.'] if (seeds == 1).any() else []),
             *([f'- {_listed(dict.fromkeys(silent))}: no trained arm, or nothing to compare it with.'] if silent else []),
             '- A difference holds for these test images, encoders and lengths of training; the setting of each arm is in the tables.', '- Numbers of the paper are single runs as far as its code shows, so no interval of theirs is known.', '']
 

@@ -28,7 +28,7 @@ def switches(names, # 'sound': none; 'paper': all; or names of some
     "The switches that are meant."
     names = [names] if not isinstance(names, (list, tuple)) else names
     if len(names) == 1: names = dict(sound=(), paper=tuple(SWITCHES)).get(names[0], names)
-    unknown = [n for n in names if n not in SWITCHES]
+    unknown = [n for n in names if not isinstance(n, str) or n not in SWITCHES]
     if unknown: raise ValueError(f'{", ".join(map(repr, unknown))}: known are sound, paper, {", ".join(SWITCHES)}')
     return tuple(n for n in SWITCHES if n in names)
 

@@ -230,8 +230,8 @@ def reconstruction_figure(folder:str|Path, # of a pretraining run
         limits = (float(finite.min()), float(finite.max())) if finite.size else (0., 1.)
         truth, predicted, hidden = _rendered(task, true, limits), _rendered(task, guess, limits), mask[..., None]
         pale = np.where(hidden, predicted, 1 - 0.3 * (1 - predicted))
+        drawn = truth[..., 3].any()  # a head that was never taught has nothing to show
         for ax, picture in zip(column, (np.where(hidden, black, truth), pale, np.where(hidden, predicted, truth), truth)):
-            drawn = truth[..., 3].any()  # a head that was never taught has nothing to show
             hatch(ax, '' if drawn else 'not measured')
             if drawn: ax.imshow(picture, interpolation='nearest', zorder=1)
             else: ax.set_box_aspect(1)
