@@ -104,6 +104,11 @@ def _month_table(report:dict)->pd.DataFrame: # a line for every month of all yea
     years = {int(m[:4]) for m in found.index} | {2017, 2020}
     return found.reindex([f'{y}-{m:02}' for y in range(min(years), max(years) + 1) for m in range(1, 13)], fill_value=0).fillna(0)
 
+def _scaled(factor:float)->str:
+    "How a legend says that counts were scaled, where it matters."
+    if abs(factor - 1) <= .1: return ''
+    return f', {"times" if factor > 1 else "divided by"} {float(f"{max(factor, 1 / factor):.2g}"):,.7g}'
+
 def months(report:dict, # of `mmearth.inspect.inspect`
            by_level:bool=False, # stack L1C and L2A
            quoted:pd.Series|None=None, # such as `paper_months()`, drawn hollow
@@ -127,7 +132,7 @@ def months(report:dict, # of `mmearth.inspect.inspect`
     if quoted is not None:
         q = quoted.reindex(table.index)
         factor = total.sum() / q.sum()
-        ax.bar(at, q * factor, 0.86, fill=False, ec='#202020', lw=0.7, label='paper, digitised' + (f', × {factor:.2g}' if abs(factor - 1) > .1 else ''))
+        ax.bar(at, q * factor, 0.86, fill=False, ec='#202020', lw=0.7, label='paper, digitised' + _scaled(factor))
     ax.set(xticks=at[::4], xticklabels=[f'{int(m[5:])}\n{m[:4]}' if m.endswith('-01') else int(m[5:]) for m in table.index[::4]], xlim=(-0.8, len(at) - 0.2))
     ax.set_xlabel('Date in months', fontsize=8.5)
     _counted(ax)

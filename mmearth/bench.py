@@ -204,6 +204,11 @@ def machine(*packages:str, # whose versions matter beside those always named
 # %% ../nbs/43_bench.ipynb #bars
 _OURS, _THEIRS = '#F98E09', '#9AA5B1'  # what stands out, what it is compared with
 
+def _three(x:float)->str:
+    "A number to three significant digits, without an exponent."
+    digits = 2 - int(f'{x:.2e}'.split('e')[1])
+    return f'{round(x, digits):,.{max(digits, 0)}f}'
+
 def bars(frame:pd.DataFrame, # from `standing`
          ours=(), # variants that stand out
          floor=None, # drawn hatched
@@ -216,7 +221,7 @@ def bars(frame:pd.DataFrame, # from `standing`
     spread = (frame.samples_per_s - frame.low, frame.high - frame.samples_per_s)
     drawn = ax.barh([str(name) for name in frame.index], frame.samples_per_s, xerr=spread, color=[_OURS if n in ours else _THEIRS for n in frame.index], ecolor='#333333', error_kw=dict(lw=1))
     for bar, name in zip(drawn, frame.index): bar.set_hatch('////' if name == floor else '')
-    for y, (top, rate) in enumerate(zip(frame.high, frame.samples_per_s)): ax.annotate(f'{rate:,.0f}', (top, y), (4, 0), textcoords='offset points', va='center', fontsize=8)
+    for y, (top, rate) in enumerate(zip(frame.high, frame.samples_per_s)): ax.annotate(_three(rate), (top, y), (4, 0), textcoords='offset points', va='center', fontsize=8)
     ax.set(xlabel='samples per second', xscale='log' if log else 'linear')
     ax.set_xlim(frame.low.min() / 2 if log else 0, frame.high.max() * (2.5 if log else 1.15))
     ax.set_title(title, fontsize=9)

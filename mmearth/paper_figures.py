@@ -22,7 +22,7 @@ from .compare import METRICS, PROTOCOL_NAMES, percent
 from .figures import ARMS, family, plain
 from .layers import LAYERS, class_legend, hatch
 from .modalities import TASKS, modality, select
-from .tables import DATA_NAMES, GRIDS, SETTING, TASK_NAMES, our_cells, paper_cells, task_metrics
+from .tables import DATA_NAMES, GRIDS, SETTING, TASK_NAMES, called, our_cells, paper_cells, task_metrics
 
 # %% ../nbs/41a_paper_figures.ipynb #drawn
 class Drawn(NamedTuple):
@@ -89,13 +89,6 @@ def efficiency_figure(rows:pd.DataFrame, # of `mmearth.tables.described`
 # %% ../nbs/41a_paper_figures.ipynb #gap
 READERS = {'linear-paper': ('o', '#D55E00'), 'linear': ('s', '#0072B2'), 'knn': ('D', '#009E73'), 'knn-galileo': ('D', '#009E73')}  # mark and colour, told apart without colour, too
 
-_TARGETS = {'BGR': 'the image alone', 'S2': 'the image alone', 'all': 'all tasks'}
-
-def _called(setting:dict)->str:
-    "A pretraining in plain words: on what, and what it predicted."
-    data, targets = setting['pretrain'], setting['targets']
-    return f'{data}, {_TARGETS.get(targets, targets)}' if targets else data.removeprefix('none, ')
-
 def _gap_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
     "Everything that reads frozen features with all labels, by task and kind of pretraining."
     quoted, ours = paper_cells(numbers), our_cells(rows)
@@ -106,7 +99,7 @@ def _gap_numbers(rows:pd.DataFrame, numbers:pd.DataFrame)->pd.DataFrame:
               for r in numbers.query("model == 'MMEarth Atto' and protocol == 'knn-galileo' and fraction == 1").itertuples()]
     told = {f['task'] for f in found if f['reader'] == 'linear-paper'} | set(ours[ours.protocol == 'linear-paper'].task)
     for r in ours[ours.task.isin(told) & ours.protocol.isin(READERS) & (ours.fraction == 1)].to_dict('records'):
-        arm = names.get(tuple(r[k] for k in SETTING), _called(r))
+        arm = names.get(tuple(r[k] for k in SETTING), called(r))
         found.append(dict(task=r['task'], arm=arm, reader=r['protocol'], whose=r['group'], metric=r['metric'], value=r['mean'], low=r['low'], high=r['high'], known_from=r['run_ids']))
     table = pd.DataFrame(found, columns=['task', 'arm', 'reader', 'whose', 'metric', 'value', 'low', 'high', 'known_from'])
     order = {t: i for i, t in enumerate(TASK_NAMES)}, {a: i for i, a in enumerate(_ARMS)}

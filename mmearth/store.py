@@ -48,7 +48,8 @@ def find_files(root, # folder of the store, or its .h5 file
     paths = dict(h5=root / f'{stem}.h5', **{k: root / f'{stem}_{k}.json' for k in SIDE_FILES}, labels=root / f'{stem}_labels.csv')
     if not paths['h5'].is_file(): raise StoreError(paths['h5'], '', 'missing', f'download it, or choose another stem (here: {found})')
     for k in SIDE_FILES:
-        if not paths[k].is_file(): raise StoreError(paths[k], '', 'missing', f'it belongs beside {paths["h5"].name}: download it too')
+        own = f'; for data of your own write {{}} into it, run `mmearth stats {paths["h5"]}`, and copy the file that this names over it' if k == 'band_stats' else ''
+        if not paths[k].is_file(): raise StoreError(paths[k], '', 'missing', f'it belongs beside {paths["h5"].name}: download it too{own}')
     return paths
 
 # %% ../nbs/05_store.ipynb #band-names

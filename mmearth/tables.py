@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTING', 'TASK_NAMES', 'DATA_NAMES', 'FLOORS', 'CELL', 'GRIDS', 'GAP', 'task_name', 'task_metrics', 'paper_numbers',
-           'setting', 'published_setting', 'result_rows', 'described', 'main_rows', 'our_cells', 'paper_cells',
-           'paper_table', 'own_table', 'other_work', 'readable', 'overview', 'table_page', 'work_page']
+           'setting', 'published_setting', 'result_rows', 'described', 'called', 'model_names', 'main_rows',
+           'our_cells', 'paper_cells', 'paper_table', 'own_table', 'other_work', 'readable', 'overview', 'table_page',
+           'work_page']
 
 # %% ../nbs/35_tables.ipynb #imports
 import itertools
@@ -125,6 +126,23 @@ def described(rows:pd.DataFrame, # result rows with `run_id`, as `load_rows` of 
     mixed = table.groupby('group')[[*SETTING, 'epochs']].nunique(dropna=False).max(axis=1)
     if (mixed > 1).any(): raise ValueError(f'{mixed.idxmax()}: its runs were pretrained in {mixed.max()} different ways; runs of one name may differ in -sN, the seed, alone')
     return table
+
+# %% ../nbs/35_tables.ipynb #called
+_TARGETS = {'BGR': 'the image alone', 'S2': 'the image alone', 'all': 'all tasks'}
+
+def called(setting:dict, # with pretrain and targets
+          )->str:
+    "A pretraining in plain words: on what, and what it predicted."
+    data, targets = setting['pretrain'], setting['targets']
+    return f'{data}, {_TARGETS.get(targets, targets)}' if targets else data.removeprefix('none, ')
+
+def model_names(models:list[str], # as `mmearth.benchmark.open_encoder` takes them
+                runs:list[dict], # the kept runs, as `load_runs` of 40_report gives them
+               )->list[str]: # one for each model
+    "What the models of a benchmark are, in plain words."
+    by_id = {r['run_id']: r for r in runs}
+    plain = ['ImageNet' if m.startswith('imagenet-') else called(_origin(dict(run_id='', params={}), by_id, m)[0]) for m in models]
+    return [f'{n} ({Path(m).name})' if plain.count(n) > 1 else n for n, m in zip(plain, models)]
 
 # %% ../nbs/35_tables.ipynb #cells
 CELL = ['task', 'protocol', 'fraction', 'metric']

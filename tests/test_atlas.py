@@ -52,6 +52,8 @@ def test_month_bars(report):
     assert sum(stacked[:48]) == report['levels']['l1c'] and sum(stacked[48:]) == report['levels']['l2a']
     quoted = atlas.months(report, quoted=atlas.paper_months()).axes[0].patches
     assert len(quoted) == 96 and not quoted[-1].get_fill() and sum(p.get_height() for p in quoted[48:]) == pytest.approx(24)
+    said = [atlas.months(report, quoted=atlas.paper_months() * f).axes[0].get_legend().get_texts()[-1].get_text() for f in (1, 24 / 1_244_000, 5 / 1_244_000)]
+    assert said == ['paper, digitised, divided by 52,000', 'paper, digitised', 'paper, digitised, times 4.8']
 
 
 def test_months_of_other_years(report):

@@ -1,13 +1,17 @@
 "Every way in which a store has been seen, or imagined, to be wrong: found on opening, with file, key and remedy."
 import json
 import random
+import re
 import shutil
 
 import h5py
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from mmearth.dataset import Store, StoreError
+from mmearth.cli import app
+from mmearth.dataset import Scale, Store, StoreError
+from mmearth.statistics import statistics
 from mmearth.synthetic import write_store
 
 STEM = 'data_synthetic_v001_16'
@@ -154,6 +158,19 @@ def test_found_on_opening(store, damage):
 
 
 def test_the_undamaged_store_opens(store): assert len(Store(store).labels) == 8
+
+
+def test_statistics_that_are_missing_are_made_as_the_error_says(store):
+    path(store, 'band_stats').unlink()
+    with pytest.raises(StoreError) as caught: Store(store)
+    path(store, 'band_stats').write_text('{}')
+    said = CliRunner().invoke(app, [*re.search('`mmearth (.*?)`', caught.value.remedy)[1].split(), '--no-progress'])
+    assert said.exit_code == 0, said.output
+    shutil.copy(said.output.strip(), path(store, 'band_stats'))
+    made = Store(store)
+    for key, entry in statistics(made).items():
+        for part, numbers in entry.items(): np.testing.assert_array_equal(np.array(made.stats[key][part], float), np.array(numbers, float))
+    assert Scale(made.stats, dict(sentinel2=made.bands('sentinel2'))).mean['sentinel2'].isfinite().all()
 
 
 def test_names_that_do_not_exist(store, tmp_path):

@@ -135,6 +135,9 @@ def test_pictures_show_every_variant():
     frame = pd.DataFrame(dict(samples_per_s=[100., 1.], low=[90., 0.5], high=[110., 2.]), index=['a', 'b'])
     fig = bench.bars(frame, ours=['a'], floor='b', log=True)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['b', 'a']
-    assert [t.get_text() for t in fig.axes[0].texts] == ['1', '100']
+    assert [t.get_text() for t in fig.axes[0].texts] == ['1.00', '100']
+    rates = [0.012345, 1.005, 2.96, 9.996, 99.95, 999.6, 65_487.]
+    small = bench.bars(frame.iloc[[0] * len(rates)].assign(samples_per_s=rates, low=rates, high=rates).set_axis(range(len(rates))))
+    assert [t.get_text() for t in small.axes[0].texts] == ['0.0123', '1.00', '2.96', '10.0', '100', '1,000', '65,500']
     fig = bench.curve(dict(x=frame.set_axis([10, 20])), 'tiles')
     assert fig.axes[0].get_ylim()[0] == 0

@@ -118,6 +118,14 @@ def test_runs_of_one_recipe_are_one_group_whatever_evaluated_them():
     assert set(rows.group) == {'try-all'} and sorted(rows.pretrain_seed) == [0, 0, 1, 1, 2, 2] and set(rows.checkpoint) == {'try-all-s0', 'try-all-s1', 'try-all-s2'}
 
 
+def test_models_of_a_benchmark_are_called_by_what_they_are():
+    runs = [r for s in ({}, dict(tasks=['sentinel2'])) for r in kept('try' + 's2' * bool(s), (('x', s),))]
+    ids = [r['run_id'] for r in runs if 'size' in r['params']]
+    assert t.model_names([f'reports/runs/{ids[0]}', f'reports/runs/{ids[-1]}/checkpoints/step-000008', 'image_statistics', 'untrained-atto', 'pt-pix_mod_atto_1M_64_uncertainty_56-8'], runs) \
+        == ['MMEarth64, all tasks', 'MMEarth64, the image alone', 'image statistics', 'random weights', 'MMEarth64, pixel']
+    assert t.model_names([f'reports/runs/{i}' for i in ids[:2]] + ['random_filters'], runs) == [f'MMEarth64, all tasks ({i})' for i in ids[:2]] + ['random filters']
+
+
 def test_released_weights_and_unknown_ones():
     rows = kept()[1]['rows']
     name = 'pt-S2_atto_1M_64_uncertainty_56-8'
