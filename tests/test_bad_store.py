@@ -219,7 +219,7 @@ def test_random_damage_is_refused_or_harmless(store, whole):
 
 def test_saved_splits_are_checked_too(store):
     s, saved = Store(store), store / f'{STEM}_splits_blocks.json'
-    with pytest.raises(StoreError, match='there are none'): s.rows('blocks/train')
+    with pytest.raises(StoreError, match='mmearth split .* makes it'): s.rows('blocks/train')
     saved.write_text(json.dumps(dict(train=[0, 5], val=[2], how=dict(seed=0))))
     assert s.rows('blocks/train').tolist() == [0, 5] and s.rows('blocks/valid').tolist() == s.rows('blocks/validation').tolist() == [2]
     for bad, words in ((dict(train=[8]), 'row 8 does not exist'), (dict(train=[1], val=[1]), 'row 1 is also in train'), ([1], 'an object expected'), (dict(train='all'), 'not a list')):
