@@ -27,7 +27,7 @@ def switches(names, # 'sound': none; 'paper': all; or names of some
             )->tuple[str, ...]: # in the order of the table
     "The switches that are meant."
     names = [names] if not isinstance(names, (list, tuple)) else names
-    if len(names) == 1: names = dict(sound=(), paper=tuple(SWITCHES)).get(names[0], names)
+    if list(names) in (['sound'], ['paper']): names = SWITCHES if names[0] == 'paper' else ()
     unknown = [n for n in names if not isinstance(n, str) or n not in SWITCHES]
     if unknown: raise ValueError(f'{", ".join(map(repr, unknown))}: known are sound, paper, {", ".join(SWITCHES)}')
     return tuple(n for n in SWITCHES if n in names)
