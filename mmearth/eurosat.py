@@ -89,6 +89,7 @@ def _tile_facts(arrays:dict, bands:dict, level:str, lat:float, lon:float, i:int)
 def _check_rows(root:Path, n:int, lat, lon, columns:dict):
     "Refuses a folder that is taken, columns of unequal length and places that are none."
     if root.exists() and (not root.is_dir() or any(root.iterdir())): raise StoreError(root, '', 'already exists', 'delete it, or choose another folder')
+    if lat is None or lon is None: raise ValueError('lat and lon: a place in degrees is needed for each image, as splits and intervals by region need it')
     wrong = [f'{k} has {len(v)}' for k, v in columns.items() if len(v) != n]
     if wrong: raise ValueError(f'{n} labels, but {", ".join(wrong)} rows')
     if not (n and np.isfinite(lat).all() and np.isfinite(lon).all() and np.abs(lat).max() <= 90 and np.abs(lon).max() <= 180):

@@ -210,3 +210,8 @@ def test_other_labelled_arrays(tmp_path):
     with pytest.raises(ValueError, match='lat and lon'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'lat': np.full(10, np.nan)})
     with pytest.raises(ValueError, match='one must be called train'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'splits': ['fit'] * 7 + ['test'] * 3})
     assert not (tmp_path / 'x').exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_store_without_places_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='a place in degrees is needed'):
+        write_labelled_store(tmp_path / 'x', 'x_64', dict(sentinel2=np.zeros((2, 1, 8, 8), 'uint16')), ['a', 'b'], None, None, ['train', 'val'], bands=dict(sentinel2=['B2']))
