@@ -210,12 +210,12 @@ def index(root:_Dir, stem:_Stem=None, out:Annotated[Path, typer.Option(help='.pa
 @app.command()
 def show(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as in row:17')], stem:_Stem=None,
          out:Annotated[Path, typer.Option(help='picture to write; <tile>.png by default', show_default=False)]=None,
-         outline:Annotated[Path, typer.Option(help='.shp of coastlines or ecoregions, drawn on the small map', show_default=False)]=None):
+         outline:Annotated[Path, typer.Option(help='.shp of coastlines or ecoregions, drawn on the small map; synthetic Earth brings its land', show_default=False)]=None):
     "Draw a tile in all its modalities."
     import_module('matplotlib').use('Agg')
     tiles = _open(root, stem)
     i = _row(tiles, tile)
-    world = import_module('mmearth.splits').read_outline(outline) if outline else None
+    world = import_module('mmearth.splits').read_outline(outline) if outline else import_module('mmearth.experiment').world_map(tiles)
     out = out or Path(f'{tiles.tile_ids[i]}.png')
     figure = tiles.plot(i, world)
     known = figure.canvas.get_supported_filetypes()
