@@ -69,7 +69,7 @@ def open_labelled(name:str, # see above
                  )->Benched:
     "Opens a labelled task, writing it first if it is one of ours and not there yet."
     kind, _, task = name.partition('/')
-    if re.fullmatch(r'(scenes|synthetic)-\d+', name): raise RecipeError(f'data: {name!r} is a store, which the probe notebook reads, not a labelled task; there are eurosat, standin-N/{", standin-N/".join(STANDINS)}, and the tasks of GEO-Bench by name or folder')
+    if re.fullmatch(r'(scenes|synthetic)-\d+', name) or any(Path(name).glob('*_tile_info.json')): raise RecipeError(f'data: {name!r} is a store, which the probe notebook reads, not a labelled task; there are eurosat, standin-N/{", standin-N/".join(STANDINS)}, and the tasks of GEO-Bench by name or folder')
     if name == 'eurosat': return open_task(open_data(name).root, most)
     if not (m := re.fullmatch(r'standin-(\d+)', kind)): return open_task(GeoBench(*((name,) if Path(name).is_dir() else (None, name))), most)
     if task not in STANDINS: raise RecipeError(f'data: {name!r}: {kind}/ holds {", ".join(STANDINS)}')
