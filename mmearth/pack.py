@@ -123,7 +123,7 @@ def choose(source:TileSet, split:str|None, rows, sound:bool)->tuple[np.ndarray, 
     rows = source.rows(split) if split is not None else np.arange(len(source)) if rows is None else np.atleast_1d(np.asarray(rows, np.int64))
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(source): raise IndexError(f'{source.root}: rows {rows.min()} to {rows.max()} asked for, it has {len(source)}')
     if len(np.unique(rows)) < len(rows): raise ValueError('pack: a row is given twice')
-    if not len(rows): raise StoreError(source.root, split or 'rows', 'it has no tile', 'name another split, or none for all tiles')
+    if not len(rows): raise StoreError(source.root, split or 'rows', 'no tile to pack', 'name another split, or none for all tiles' if split else 'give at least one')
     kept = np.asarray(sound_rows(source, rows)) if sound else rows
     if not len(kept): raise StoreError(source.root, split or '', f'no tile to pack ({len(rows)} chosen, none sound)', 'choose other rows')
     return kept, len(rows) - len(kept)
