@@ -215,13 +215,12 @@ def show(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as 
     import_module('matplotlib').use('Agg')
     tiles = _open(root, stem)
     i = _row(tiles, tile)
-    world = import_module('mmearth.splits').read_outline(outline) if outline else import_module('mmearth.experiment').world_map(tiles)
     out = out or Path(f'{tiles.tile_ids[i]}.png')
-    figure = tiles.plot(i, world)
-    known = figure.canvas.get_supported_filetypes()
+    known = import_module('matplotlib.backends.backend_agg').FigureCanvasAgg.get_supported_filetypes()
     if out.suffix[1:] not in known: raise ValueError(f'{out}: no kind of picture that can be written; end it in .png, or in .{", .".join(k for k in known if k != "png")}')
+    world = import_module('mmearth.splits').read_outline(outline) if outline else import_module('mmearth.experiment').world_map(tiles)
     part = _place(out).with_name(f'.{out.stem}.part{out.suffix}')
-    figure.savefig(part, dpi=100)
+    tiles.plot(i, world).savefig(part, dpi=100)
     typer.echo(part.replace(out))
 
 # %% ../nbs/59_cli.ipynb #export-command
