@@ -7,18 +7,17 @@ __all__ = ['RGB', 'own_statistics', 'untrained', 'image_patches', 'RandomFeature
            'extraction_rates']
 
 # %% ../nbs/31c_baselines.ipynb #imports
-import time
+import re, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from .convnext import ConvNeXtV2
 from .modalities import modality
 from .probe import Planes
+from .released import our_axes, our_name, read_state
 from .statistics import statistics
 from .store import Store
 from .weights import Contract, WeightsError
@@ -112,22 +111,10 @@ class RandomFeatures(nn.Module):
 RGB = ('B4', 'B3', 'B2')  # red, green, blue
 
 def _timm_name(key:str)->str:
-    "Name in timm of a parameter of the released ConvNeXt V2."
-    parts = key.split('.')
-    if parts[0] == 'downsample_layers': return '.'.join(['stem', *parts[2:]] if parts[1] == '0' else ['stages', parts[1], 'downsample', *parts[2:]])
-    if parts[0] != 'stages' or parts[2] in ('blocks', 'downsample'): return key
-    rest = dict(dwconv='conv_dw', pwconv1='mlp.fc1', pwconv2='mlp.fc2', grn='mlp.grn').get(parts[3], parts[3])
-    return '.'.join(['stages', parts[1], 'blocks', parts[2], rest, dict(gamma='weight', beta='bias').get(parts[4], parts[4])])
-
-def _state_dict(path:Path)->dict[str, Tensor]:
-    "Tensors of a file of timm or of the released ConvNeXt V2."
-    try: found = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise WeightsError(f'{path} does not exist; give a state dict of a ConvNeXt V2, .safetensors or .pt') from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise WeightsError(f'{path} cannot be read ({type(e).__name__}: {str(e)[:80]}); copy it again') from e
-    except Exception as e: raise WeightsError(f'{path} is not a plain state dict ({type(e).__name__}); save one with safetensors') from e
-    found = found.get('model', found) if isinstance(found, dict) else {}
-    found = {_timm_name(k): v for k, v in found.items() if isinstance(v, Tensor) and k.split('.')[0] not in ('head', 'norm')}
-    return {k: v.flatten() if '.mlp.grn.' in k else v.flatten(1) if '.mlp.fc' in k and v.ndim == 4 else v for k, v in found.items()}
+    "Name in timm, and here, of a parameter of a ConvNeXt V2 of photographs, whose first downsampling layer is the stem."
+    if 'blocks' in key or key.startswith('stages') and '.downsample.' in key: return key
+    key = re.sub(r'^downsample_layers\.([1-3])', lambda m: f'downsample_layers.{int(m[1]) - 1}', re.sub(r'^downsample_layers\.0', 'stem', key))
+    return our_name(f'encoder.{key}', original=True).removeprefix('encoder.')
 
 def imagenet_encoder(path:str|Path, # state dict of a ConvNeXt V2 that was trained on photographs
                      images:Store|Planes, # gives the statistics
@@ -136,7 +123,8 @@ def imagenet_encoder(path:str|Path, # state dict of a ConvNeXt V2 that was train
                      bands:tuple[str, ...]=RGB, # what stands for red, green and blue
                     )->ConvNeXtV2: # patch 32, original stem
     "A ConvNeXt V2 of photographs as an encoder of satellite images."
-    given, encoder = _state_dict(Path(path)), _contract(images, rows, bands, size, 32, 'original').encoder()
+    given = {_timm_name(k): our_axes(k, v) for k, v in read_state(path)[0].items() if k.split('.')[0] not in ('head', 'norm')}
+    encoder = _contract(images, rows, bands, size, 32, 'original').encoder()
     wanted = encoder.state_dict()
     for key in wanted.keys() | given.keys():
         here, there = (tuple(d[key].shape) if key in d else 'missing' for d in (given, wanted))

@@ -76,6 +76,7 @@ def open_encoder(name:str, # see above; folders relative to `root`
         if size not in SIZES or bool(file) != (kind == 'imagenet'): raise ValueError(f'{name}: {kind}-SIZE{":FILE" * (kind == "imagenet")} is needed, with a size of {", ".join(SIZES)}')
         return untrained(images, rows, size, seed=seed) if kind == 'untrained' else imagenet_encoder(Path(root) / file, images, rows, size)
     folder = Path(root) / name
+    if folder.is_file(): raise ValueError(f'{name!r}: a file; `mmearth convert {name} FOLDER` makes a checkpoint of one of the authors, and the folder is what is given here')
     if not name or not folder.is_dir(): raise FileNotFoundError(f'{name!r}: no such run or checkpoint; give {ENCODER_WORDS}')
     return load_encoder(folder if (folder / 'contract.json').is_file() else latest(folder))
 

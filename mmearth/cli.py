@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download', 'fetch', 'verify', 'card', 'serve', 'synthetic',
            'inspect', 'query', 'index', 'show', 'export', 'split', 'stats', 'pack', 'share', 'Pairs', 'run', 'pretrain',
-           'experiment', 'rehearse', 'replay']
+           'experiment', 'rehearse', 'replay', 'convert']
 
 # %% ../nbs/59_cli.ipynb #imports
 import json
@@ -323,6 +323,13 @@ def replay(run_id:Annotated[str, typer.Argument(help='name of its folder')], run
     for r in compared.itertuples(): typer.echo(f'{r.file}: {r.values} values, ' + (f'{r.differ} differ, at most by {r.largest:.2g}; {r.first}' if r.differ else 'the same'))
     for key, r in other.iterrows(): typer.echo(f'{key}: {r.kept} then, {r.now} now')
     if compared.differ.any(): raise typer.Exit(1)
+
+@app.command()
+def convert(file:Annotated[Path, typer.Argument(help="checkpoint-199.pth, as `mmearth download checkpoints` leaves it")], out:Annotated[Path, typer.Argument(help='folder to make')],
+            stats:Annotated[Path, typer.Option(help='store whose band statistics to take; the published ones by default', show_default=False)]=None,
+            grn_scope:Annotated[str, typer.Option(help='image, as it was evaluated, or batch, as it was pretrained')]='image'):
+    "Make a checkpoint with a contract of one of the authors'. No code of theirs is run; then probe it, fine-tune it, encode with it."
+    typer.echo(import_module('mmearth.released').convert(file, out, stats and _open(stats), grn_scope))
 
 # %% ../nbs/59_cli.ipynb #command-line
 if __name__ == '__main__' and '__file__' in globals(): main()
