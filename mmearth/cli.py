@@ -218,7 +218,7 @@ def show(root:_Dir, tile:Annotated[str, typer.Argument(help='tile id, or row as 
     out = out or Path(f'{tiles.tile_ids[i]}.png')
     known = import_module('matplotlib.backends.backend_agg').FigureCanvasAgg.get_supported_filetypes()
     if out.suffix[1:] not in known: raise ValueError(f'{out}: no kind of picture that can be written; end it in .png, or in .{", .".join(k for k in known if k != "png")}')
-    world = import_module('mmearth.splits').read_outline(outline) if outline else import_module('mmearth.experiment').world_map(tiles)
+    world = import_module('mmearth.splits').read_outline(outline) if outline else import_module('mmearth.named').world_map(tiles)
     part = _place(out).with_name(f'.{out.stem}.part{out.suffix}')
     tiles.plot(i, world).savefig(part, dpi=100)
     typer.echo(part.replace(out))
@@ -295,7 +295,7 @@ def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of 
     if out.is_file(): raise FileExistsError(f'{out}: it is in the way; choose another path, or remove it')
     if any(out.glob('*.h5')) or (out / 'pack.json').is_file() or (out / 'zarr.json').is_file(): raise ValueError(f'{out}: tiles are in this folder; give one for the run, and the tiles as -p data {out}')
     with joined.together():
-        try: run = training.pretrain(chosen, import_module('mmearth.experiment').open_data(chosen.data), out, progress=progress)
+        try: run = training.pretrain(chosen, import_module('mmearth.named').open_data(chosen.data), out, progress=progress)
         except joined.Stopped as e:
             typer.echo(str(e), err=True)
             raise typer.Exit(75) from None
@@ -312,7 +312,7 @@ def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/ex
 def rehearse(recipe:_Recipe, params:_Params=(), seconds:Annotated[float, typer.Option(min=0, help='time for the updates that are measured')]=10.):
     "Rate, hours, waiting and overhead of a pretraining, from a few of its updates measured here."
     chosen, rehearsing = import_module('mmearth.report').recipe_with(recipe, params), import_module('mmearth.rehearsal')
-    found = rehearsing.rehearse(chosen, import_module('mmearth.experiment').open_data(chosen.data), seconds)
+    found = rehearsing.rehearse(chosen, import_module('mmearth.named').open_data(chosen.data), seconds)
     for line in rehearsing.told(found): typer.echo(line)
 
 @app.command()

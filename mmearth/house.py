@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import NamedTuple
-from .report import repo_root
+from .named import repo_root
 
 # %% ../nbs/90_house.ipynb #cell
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .report import declared, environment, load_runs, repo_root, run_notebook
+from .named import repo_root
+from .report import declared, environment, load_runs, run_notebook
 
 # %% ../nbs/40a_replay.ipynb #compare
 CLOCKED = re.compile(r'second|per_s|waited|minute|hour|overhead|memory|took')  # in the name of a value: it differs between any two runs

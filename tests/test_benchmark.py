@@ -7,12 +7,12 @@ import yaml
 from safetensors.torch import save_file
 
 from mmearth.baselines import RGB, untrained
-from mmearth.benchmark import Benched, COLUMNS, METHODS, TORCHGEO, append_rows, as_columns, as_rows, benchmark, cell_rows, open_encoder, open_task, planes, read_table
+from mmearth.benchmark import Benched, COLUMNS, METHODS, TORCHGEO, append_rows, as_columns, as_rows, benchmark, cell_rows, open_encoder, open_labelled, open_task, planes, read_table
 from mmearth.convnext import ConvNeXtV2
-from mmearth.experiment import open_labelled
 from mmearth.geobench import GeoBench
+from mmearth.named import repo_root
 from mmearth.probe import features, image_statistics, probe, weights_hash
-from mmearth.report import check, declared, repo_root
+from mmearth.report import check, declared
 from mmearth.standin import FRACTIONS, write_standin
 from mmearth.weights import WeightsError
 

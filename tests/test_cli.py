@@ -23,7 +23,7 @@ from mmearth.report import run_notebook
 from mmearth.statistics import statistics
 from mmearth.store import Store, StoreError
 
-COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run rehearse replay pretrain experiment'.split()
+COMMANDS = 'download fetch serve synthetic inspect split index query stats pack verify share show export card run rehearse replay convert pretrain experiment'.split()
 
 
 def listening():

@@ -8,7 +8,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from mmearth.report import repo_root
+from mmearth.named import repo_root
 
 ROOT = repo_root()
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import pytest
 from mmearth.house import RULES, House, check, open_house, settings_agree
-from mmearth.report import repo_root
+from mmearth.named import repo_root
 
 ROOT = repo_root()
 

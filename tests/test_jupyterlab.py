@@ -15,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 import pytest
-from mmearth.report import repo_root
+from mmearth.named import repo_root
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 if os.environ.get('MMEARTH_LAB') != '1': pytest.skip('opt-in: set MMEARTH_LAB=1 to run every notebook in JupyterLab', allow_module_level=True)

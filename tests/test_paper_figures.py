@@ -8,7 +8,7 @@ import pytest
 from mmearth import paper_figures as f
 from mmearth.atlas import paper_months
 from mmearth.modalities import TASKS, modality
-from mmearth.report import repo_root
+from mmearth.named import repo_root
 from mmearth.tables import GRIDS, paper_numbers
 
 

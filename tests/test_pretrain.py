@@ -19,7 +19,7 @@ from mmearth.modalities import TASKS, modality
 from mmearth.pack import Pack, pack
 from mmearth.pretrain import CLOCK, Diverged, Feed, Trainer, build, checkpoints, latest, pictures, pretrain
 from mmearth.recipe import Recipe, RecipeError, load_recipe, save_recipe
-from mmearth.report import repo_root
+from mmearth.named import repo_root
 from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
 from mmearth.weights import WeightsError, load_encoder, load_model

@@ -9,7 +9,7 @@ import pytest
 
 from mmearth.compare import comparison_table
 from mmearth.pack import pack
-from mmearth.report import repo_root
+from mmearth.named import repo_root
 from mmearth.store import Store
 
 ROOT = repo_root()

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from mmearth import report
+from mmearth.named import repo_root
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_command_line_reads_types(repo):
 
 
 def test_this_repository_indexes(tmp_path, monkeypatch):
-    runs = report.repo_root() / 'reports' / 'runs'
+    runs = repo_root() / 'reports' / 'runs'
     for run in report.load_runs():
         assert (runs / run['run_id'] / 'params.json').is_file() and run['metrics'] and 'seconds' in run['env'], run['run_id']
 
@@ -182,7 +183,7 @@ def test_a_recipe_goes_by_name_and_is_checked_before_a_kernel_starts(tmp_path):
 
 
 def test_words_for_one_and_for_several_lead_to_each_other():
-    runs = report.repo_root() / 'nbs' / 'runs'
+    runs = repo_root() / 'nbs' / 'runs'
     for notebook, given, meant in (('finetune', 'models', 'pretrained'), ('label_efficiency', 'pretrained', 'models'), ('benchmark', 'encoder', 'models'), ('benchmark', 'protocol', 'methods'), ('finetune', 'methods', 'method'), ('benchmark', 'data', 'tasks')):
         with pytest.raises(ValueError, match=f"no parameter '{given}'; the nearest is '{meant}'"): report.check({given: 'x'}, report.declared(runs / f'{notebook}.ipynb'))
 
@@ -209,6 +210,6 @@ def test_the_index_groups_an_experiment_and_folds_its_seeds(repo):
 
 
 def test_every_kept_run_is_in_the_index():
-    root, text = report.repo_root(), (report.repo_root() / 'reports' / 'README.md').read_text()
+    root, text = repo_root(), (report.repo_root() / 'reports' / 'README.md').read_text()
     for run in report.load_runs(): assert f'](runs/{run["run_id"]}/run.ipynb)' in text, f'{run["run_id"]}: run python -m mmearth.report index'
     assert '0 updates' not in text

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from mmearth.eurosat import write_eurosat
-from mmearth.experiment import finished, load_experiment, open_data
+from mmearth.experiment import finished, load_experiment
 from mmearth.modalities import MODALITIES, Modality, declare
+from mmearth.named import open_data, repo_root
 from mmearth.pretrain import pretrain
 from mmearth.probe import features, probe
 from mmearth.recipe import TASK_SETS, Recipe, load_recipe, to_dict
-from mmearth.report import declared, repo_root
+from mmearth.report import declared
 from mmearth.store import Store
 from mmearth.weights import load_encoder, load_model
 

@@ -12,8 +12,9 @@ from PIL import Image
 
 from mmearth import tables as t
 from mmearth.manifest import ManifestError, manifest_folder
+from mmearth.named import repo_root
 from mmearth.recipe import TASK_SETS, load_recipe, to_dict
-from mmearth.report import load_runs, repo_root, run_notebook
+from mmearth.report import load_runs, run_notebook
 
 NUMBERS = manifest_folder() / 'paper_numbers.csv'
 FULL = dict(pretrain='MMEarth64', input='S2 12 bands', targets='all', encoder='Atto', loss='uncertainty', image='56-8')
