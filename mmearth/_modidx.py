@@ -1349,6 +1349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmearth.weights.WeightsError': ('weights.html#weightserror', 'mmearth/weights.py'),
                                  'mmearth.weights._to_disk': ('weights.html#_to_disk', 'mmearth/weights.py'),
                                  'mmearth.weights.encode': ('weights.html#encode', 'mmearth/weights.py'),
+                                 'mmearth.weights.encoder_alone': ('weights.html#encoder_alone', 'mmearth/weights.py'),
                                  'mmearth.weights.file_hash': ('weights.html#file_hash', 'mmearth/weights.py'),
                                  'mmearth.weights.load_encoder': ('weights.html#load_encoder', 'mmearth/weights.py'),
                                  'mmearth.weights.load_into': ('weights.html#load_into', 'mmearth/weights.py'),

@@ -303,9 +303,9 @@ def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of 
 
 @app.command()
 def experiment(name:Annotated[str, typer.Argument(help='of a file in nbs/runs/experiments, or the path of one like them')], into:Annotated[str, typer.Option(help='folder that receives runs/, tables/ and figures/', show_default=False)]=None,
-               jobs:Annotated[int, typer.Option(min=0, help='runs at a time; 0: one on a GPU, one per core up to four without')]=0):
+               jobs:Annotated[int, typer.Option(min=0, help='runs at a time; 0: one on a GPU, one per core up to four without')]=0, pretrain_only:Annotated[bool, typer.Option('--pretrain-only', help='leave probes and report for another call')]=False):
     "Pretrain arms, probe them, report. What is already kept is not run again."
-    import_module('mmearth.experiment').main([name, *(['--into', into] if into else []), '--jobs', str(jobs)])
+    import_module('mmearth.experiment').main([name, *(['--into', into] if into else []), '--jobs', str(jobs), *(['--pretrain-only'] if pretrain_only else [])])
 
 # %% ../nbs/59_cli.ipynb #again-commands
 @app.command(cls=Pairs)

@@ -79,11 +79,12 @@ def finished(run_id:str, params:dict, runs:str, weights:str='')->bool:
     before = declared(repo_root() / 'nbs' / 'runs' / f'{kept[0]["env"]["notebook"]}.ipynb') | kept[0]['params']
     return before.keys() >= params.keys() and differences(before, before | params) == [] and (not weights or kept[0]['metrics'].get('weights') == weights)
 
-def job(e:Experiment, arm:str, seed:int, runs:str, threads:int)->str:
-    "Pretrains and probes one arm with one seed; returns its run id."
+def job(e:Experiment, arm:str, seed:int, runs:str, threads:int, probed:bool=True)->str:
+    "Pretrains one arm with one seed, and probes it; returns its run id."
     os.environ['OMP_NUM_THREADS'] = str(threads)
     run_id, recipe = e.run_id(arm, seed), to_dict(e.recipe(arm, seed))
     if not finished(run_id, recipe, runs): run_notebook('pretrain', run_id, runs=runs, quiet=True, **recipe)
+    if not probed: return run_id
     folder, (probe_id, probe) = repo_root() / runs / run_id, e.probing(arm, seed, runs)
     weights = read_contract(latest(folder)).sha256 if checkpoints(folder) else ''  # a clone has no checkpoints, only what was kept
     if not finished(probe_id, probe, runs, weights): run_notebook('probe', probe_id, runs=runs, quiet=True, **probe)
@@ -95,11 +96,11 @@ def floor_job(e:Experiment, floor:str, runs:str)->str:
     if not finished(run_id, probe, runs): run_notebook('probe', run_id, runs=runs, quiet=True, **probe)
     return run_id
 
-def left_to_do(e:Experiment, runs:str)->tuple[list, list]: # (arm, seed), and floors
-    "What is not kept yet."
-    def probed(arm, seed): return finished(*e.probing(arm, seed, runs), runs)
-    arms = [(a, s) for s in e.seeds for a in e.arms if not (finished(e.run_id(a, s), to_dict(e.recipe(a, s)), runs) and probed(a, s))]
-    return arms, [f for f in FLOORS if e.floor and not probed(f, 0)]
+def left_to_do(e:Experiment, runs:str, probed:bool=True)->tuple[list, list]: # (arm, seed), and floors
+    "What is not kept yet; if nothing is to be `probed`, of the pretraining alone."
+    def read(arm, seed): return not probed or finished(*e.probing(arm, seed, runs), runs)
+    arms = [(a, s) for s in e.seeds for a in e.arms if not (finished(e.run_id(a, s), to_dict(e.recipe(a, s)), runs) and read(a, s))]
+    return arms, [f for f in FLOORS if e.floor and not read(f, 0)]
 
 # %% ../nbs/42_experiment.ipynb #share-done
 def share_done(folder:Path, recipe:Recipe, n:int)->float:
@@ -110,17 +111,17 @@ def share_done(folder:Path, recipe:Recipe, n:int)->float:
     return min(1., float(last[1]) / (recipe.epochs * n)) if len(last) > 1 and last[1].isdigit() else 0.
 
 # %% ../nbs/42_experiment.ipynb #run-jobs
-def run_jobs(e:Experiment, runs:str, jobs:int):
+def run_jobs(e:Experiment, runs:str, jobs:int, probed:bool=True):
     "All arms and seeds, `jobs` at a time, with one bar for the whole; data are opened only if something is left to do."
-    arms, floors = left_to_do(e, runs)
+    arms, floors = left_to_do(e, runs, probed)
     if not (arms or floors): return
     n = len(open_data(e.pretrain['data'], progress=True).rows('train'))
-    open_data(e.probe['data'], progress=True)
+    if probed: open_data(e.probe['data'], progress=True)
     todo:dict = {key: e.recipe(*key) for key in arms}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
     with pool, tqdm(total=len(todo) + len(floors), unit='job', desc=e.name, bar_format='{l_bar}{bar}| {n:.1f}/{total} jobs [{elapsed}<{remaining}]') as bar:
-        pending = {pool.submit(job, e, *key, runs, threads): key for key in todo}
+        pending = {pool.submit(job, e, *key, runs, threads, probed): key for key in todo}
         for floor in floors: pending[pool.submit(floor_job, e, floor, runs)] = None
         while pending:
             done, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
@@ -136,11 +137,13 @@ def run_jobs(e:Experiment, runs:str, jobs:int):
 def experiment(name:str, # of a file in nbs/runs/experiments, or the path of a .yaml file of one's own
                into:str='reports', # folder that receives runs/, tables/ and figures/
                jobs:int=0, # at a time; 0: one on a GPU, one per core up to four without
-              )->Path: # folder of the report's run
+               pretrain_only:bool=False, # leave probes and report for another call, perhaps on another machine
+              )->Path: # folder of the report's run; of all runs where there is no report yet
     "Runs an experiment and its report; what is already kept is not run again."
     e = load_experiment(Path(name) if name.endswith('.yaml') else repo_root() / 'nbs' / 'runs' / 'experiments' / f'{name}.yaml')
     jobs = jobs or (1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1))
-    run_jobs(e, f'{into}/runs', jobs)
+    run_jobs(e, f'{into}/runs', jobs, not pretrain_only)
+    if pretrain_only: return repo_root() / into / 'runs'
     kept = run_notebook('report', f'{e.name}-report', runs=f'{into}/runs', quiet=True, experiment=e.name, source=into, into=into, question=e.question, arms=list(e.arms), seeds=list(e.seeds))
     if into == 'reports': index()
     return kept
@@ -154,12 +157,16 @@ def main(args:list[str]|None=None)->Path:
     parser.add_argument('name', help=f'{", ".join(names)}, or the path of a file like them')
     parser.add_argument('--into', default=None, help='folder that receives runs/, tables/ and figures/ (default: demo for demo, runs/NAME for a file of your own, reports else)')
     parser.add_argument('--jobs', type=int, default=0, help='runs at a time (default: one on a GPU, one per core up to four without)')
+    parser.add_argument('--pretrain-only', action='store_true', help='leave probes and report for another call, which needs no GPU')
     a = parser.parse_args(args)
     name = Path(a.name).stem
     if a.name not in names and not (a.name.endswith('.yaml') and Path(a.name).is_file()): parser.error(f'{a.name}: no such experiment; there are {", ".join(names)}, or give the path of a .yaml file')
     into = a.into or ('demo' if a.name == 'demo' else 'reports' if a.name in names else f'runs/{name}')
     start = time.perf_counter()
-    kept = experiment(a.name, into, a.jobs)
+    kept = experiment(a.name, into, a.jobs, a.pretrain_only)
+    if a.pretrain_only:
+        sys.stdout.write(f'{(time.perf_counter() - start) / 60:.1f} minutes; pretrained, in {os.path.relpath(kept, root)}; the same command without --pretrain-only probes and reports\n')
+        return kept
     found = [p for part in ('tables', 'figures') for p in sorted((root / into / part).glob(f'{name}-*')) if p.suffix in ('.md', '.png')]
     lines = [json.loads((kept / 'metrics.json').read_text())['headline'], '', f'{(time.perf_counter() - start) / 60:.1f} minutes; tables and figures:']
     sys.stdout.write('\n'.join(lines + [f'  {os.path.relpath(p, root)}' for p in found]) + '\n')

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'WeightsError', 'Contract', 'plain', 'file_hash', 'save_weights', 'read_contract', 'load_into', 'load_model',
-           'load_encoder', 'prepared', 'encode']
+           'load_encoder', 'encoder_alone', 'prepared', 'encode']
 
 # %% ../nbs/16_weights.ipynb #imports
 import hashlib, json, math, os, shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
@@ -145,6 +145,13 @@ def load_encoder(folder:Path)->ConvNeXtV2:
     "The encoder of a checkpoint, in evaluation mode, with its `contract`."
     contract = read_contract(folder)
     return load_into(contract.encoder(), folder, 'encoder.' if contract.pretext else '').eval()
+
+def encoder_alone(folder:Path, # checkpoint
+                  out:Path, # folder to make
+                 )->Path:
+    "A checkpoint without what only pretraining needs: half the size, for a journey."
+    encoder = load_encoder(folder)
+    return save_weights(out, encoder, replace(encoder.contract, pretext={}))
 
 # %% ../nbs/16_weights.ipynb #encode
 UNITS = {'reflectance x 10000': 1., 'reflectance': 10_000.}  # factor to stored numbers

@@ -202,8 +202,9 @@ def test_thin_calls_pass_the_same_names(monkeypatch, tmp_path):
     assert call('download', 'MMEarth64', '--root', tmp_path, '--mirrors', 'http://a,http://b', '--no-checksum', '--no-progress') == f'{tmp_path / "a"}\n'
     call('run', 'pretrain', 'mine', '-p', 'epochs', '2', '-p', 'tasks=["a=b"]', '-q', '-f', 'x.yaml')
     call('experiment', 'demo', '--jobs', 2, '--into', 'there')
+    call('experiment', 'eurosat-atto', '--pretrain-only')
     assert got == [(('MMEarth64', tmp_path), dict(mirrors=['http://a', 'http://b'], progress=False, checksum=False)),
-                   ['run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '--runs', 'runs', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2']]
+                   ['run', 'pretrain', 'mine', '-p', 'epochs=2', '-p', 'tasks=["a=b"]', '--runs', 'runs', '-f', 'x.yaml', '-q'], ['demo', '--into', 'there', '--jobs', '2'], ['eurosat-atto', '--jobs', '0', '--pretrain-only']]
 
 
 @pytest.mark.parametrize('words, says', [
