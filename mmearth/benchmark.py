@@ -23,7 +23,7 @@ from .convnext import SIZES
 from .finetune import PROTOCOLS as TRAINED, finetune
 from .geobench import GeoBench, Images
 from .named import data_root, open_data
-from .pretrain import latest
+from .checkpoint import latest
 from .probe import C_GRID, PROTOCOLS, Planes, features, image_statistics, nested_subsets, probe, weights_hash
 from .recipe import RecipeError
 from .samples import STAND_INS, nearest_band

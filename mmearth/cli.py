@@ -10,6 +10,8 @@ __all__ = ['app', 'Front', 'main', 'names', 'numbers', 'conditions', 'download',
 # %% ../nbs/59_cli.ipynb #imports
 import json
 import re
+import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +32,8 @@ app = typer.Typer(name='mmearth', cls=Front, no_args_is_help=True, add_completio
     help='MMEarth: twelve aligned views of 1.2 million places. Fetch them, check them, divide them, pack them for training, run the notebooks.')
 
 def main():
-    "The command `mmearth`."
+    "The command `mmearth`. A pretraining that is stopped before its first update ends like one that is stopped later."
+    if sys.argv[1:2] == ['pretrain']: signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     app(prog_name='mmearth')
 
 # %% ../nbs/59_cli.ipynb #words
@@ -290,7 +293,7 @@ def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:
 
 @app.command(cls=Pairs)
 def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of the run; one that was begun is gone on with')], params:_Params=(), progress:_Progress=True):
-    "Pretrain from a recipe, without a notebook. Under torchrun on several GPUs; stopped by SIGTERM it ends with code 75 and goes on when called again."
+    "Pretrain from a recipe, without a notebook. Stopped by SIGTERM it ends with code 75 and goes on when called again. Under torchrun on several GPUs; torchrun then ends with a code of its own."
     chosen, training, joined = import_module('mmearth.report').recipe_with(recipe, params), import_module('mmearth.pretrain'), import_module('mmearth.together')
     if out.is_file(): raise FileExistsError(f'{out}: it is in the way; choose another path, or remove it')
     if any(out.glob('*.h5')) or (out / 'pack.json').is_file() or (out / 'zarr.json').is_file(): raise ValueError(f'{out}: tiles are in this folder; give one for the run, and the tiles as -p data {out}')

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from .index import in_words
 from .named import open_data, repo_root
-from .pretrain import checkpoints, latest
+from .checkpoint import checkpoints, latest
 from .recipe import Recipe, RecipeError, check, differences, read_values, to_dict
 from .report import RunError, declared, index, load_runs, run_notebook
 from .weights import read_contract

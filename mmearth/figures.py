@@ -18,7 +18,7 @@ from sklearn.isotonic import isotonic_regression
 from .compare import METRICS, PROTOCOL_NAMES, SPLITS, comparison_table, markdown, percent, wide_table
 from .layers import LAND, LAYERS, Layer, brightness, class_legend, hatch, paint
 from .modalities import TASKS, modality, select
-from .pretrain import CLOCK
+from .log import CLOCK
 from .report import Keep, environment
 
 # %% ../nbs/41_figures.ipynb #palettes

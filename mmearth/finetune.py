@@ -21,7 +21,8 @@ from .baselines import own_statistics
 from .convnext import GRN, ConvNeXtV2
 from .metrics import best_threshold, multilabel_scores, scores
 from .modalities import select
-from .pretrain import Diverged, learning_rate, pick_device
+from .guard import Diverged
+from .pretrain import learning_rate, pick_device
 from .probe import Planes, nested_subsets
 from .samples import STAND_INS
 from .weights import Contract, prepared

@@ -9,7 +9,8 @@ __all__ = ['UNITS', 'rehearse', 'told']
 import tempfile
 import time
 from pathlib import Path
-from .pretrain import Log, Trainer, log_row, save
+from .log import Log
+from .pretrain import Trainer, log_row, save
 from .recipe import Recipe
 from .store import TileSet
 

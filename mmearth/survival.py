@@ -17,7 +17,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from tqdm import tqdm
-from .pretrain import CLOCK, checkpoints, latest, pretrain
+from .checkpoint import checkpoints, latest
+from .log import CLOCK
+from .pretrain import pretrain
 from .recipe import Recipe, save_recipe
 from .store import TileSet
 from .weights import file_hash

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .convnext import SIZES, ConvNeXtV2, LayerNorm2d, init_weights
 from .finetune import Inputs, check_settings, layer_groups, turned, updates_of
-from .pretrain import Diverged, learning_rate
+from .guard import Diverged
+from .pretrain import learning_rate
 
 # %% ../nbs/32b_unet.ipynb #scenes
 class Scenes(NamedTuple):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,13 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmearth.checkpoint import alone, checkpoints, latest
+from mmearth.guard import Diverged
+from mmearth.log import CLOCK
 from mmearth.modalities import TASKS, modality
-from mmearth.pack import Pack, pack
-from mmearth.pretrain import CLOCK, Diverged, Feed, Trainer, build, checkpoints, latest, pictures, pretrain
-from mmearth.recipe import Recipe, RecipeError, load_recipe, save_recipe
 from mmearth.named import repo_root
+from mmearth.pack import Pack, pack
+from mmearth.pretrain import Feed, Trainer, build, pictures, pretrain
+from mmearth.recipe import Recipe, RecipeError, load_recipe, save_recipe
 from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
+from mmearth.together import Stopped
 from mmearth.weights import WeightsError, load_encoder, load_model
 
 SMOKE = repo_root() / 'nbs' / 'runs' / 'recipes' / 'smoke.yaml'
@@ -154,7 +159,25 @@ def test_nan_scattered_through_the_data(tiny_store, tmp_path):
 def test_divergence_names_task_and_tiles_and_keeps_the_checkpoint(tiny_store, tmp_path):
     trainer = Trainer(SMALL, Store(tiny_store), tmp_path)
     torch.nn.init.constant_(trainer.model.heads['aster'].bias, float('inf'))
-    with pytest.raises(Diverged, match='aster.* not finite on tiles'): trainer.update(0)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    with pytest.raises(Diverged, match='update 0: the loss of aster is not finite on all 4 tiles. Not the tiles but the weights are at fault: lower blr.*there is no checkpoint yet'): trainer.update(0)
+    assert same(trainer.model.state_dict(), before)
+
+
+def test_one_broken_tile_among_many_is_named(tiny_store, tmp_path):
+    recipe = dataclasses.replace(SMALL, batch=5, epochs=3, save_every=2, tasks=('sentinel2', 'sentinel1'), balance='sum')
+    fine = pretrain(recipe, Store(tiny_store), tmp_path / 'run', until=2, progress=False)
+    row = int(Feed(Store(tiny_store), recipe, fine.model.wanted, torch.device('cpu')).batch(15)[2][3])
+    root = tmp_path / 'store'
+    shutil.copytree(tiny_store, root)
+    with h5py.File(next(root.glob('*.h5')), 'r+') as f: f['sentinel1'][row, 0] = 1e30  # its square is more than a float32 holds
+    broken = Store(root)
+    trainer = Trainer(recipe, broken, tmp_path / 'run')
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    with pytest.raises(Diverged) as e: trainer.update(3)
+    assert f'update 3: the loss of sentinel1 is not finite on 1 of 5 tiles: {broken.tile_ids[row]} (sentinel1 up to ' in str(e.value), str(e.value)
+    assert 'step-00000002, the newest checkpoint, is whole' in str(e.value) and '--rows' in str(e.value)
+    assert same(trainer.model.state_dict(), before)
 
 
 def test_another_recipe_does_not_overwrite_a_run(tiny_store, tmp_path):
@@ -244,7 +267,38 @@ def test_two_processes_learn_what_one_learns(tiny_store, tmp_path):
     two, columns = pd.read_csv(tmp_path / 'two' / 'log.csv'), [c for c in one.log if c not in CLOCK]
     assert len(two) == one.updates == 9
     np.testing.assert_allclose(two[columns], one.log[columns], rtol=2e-3, atol=1e-5)
-    for k, v in weights(one.checkpoint).items(): assert torch.allclose(v, weights(latest(tmp_path / 'two'))[k], atol=2e-3), k
+    start = build(recipe, Store(tiny_store))[0].state_dict()
+    for k, v in weights(one.checkpoint).items(): assert torch.allclose(v, weights(latest(tmp_path / 'two'))[k], rtol=1e-4, atol=1e-5), k
+    assert max((v - start[k]).abs().max() for k, v in weights(one.checkpoint).items()) > 1e-3  # far more than what is tolerated
+
+
+def launch(script, *words, **env):
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+
+
+def test_processes_on_disks_of_their_own_are_refused(tiny_store, tmp_path):
+    "What several nodes would do whose folder is not shared: one has a checkpoint, the other has none."
+    recipe = dataclasses.replace(SMALL, batch=2, accumulate=2, epochs=2, tasks=('lat',), save_every=2)
+    pretrain(recipe, Store(tiny_store), tmp_path / 'node0', until=4, progress=False)
+    (tmp_path / 'train.py').write_text(TOGETHER.replace('Path(sys.argv[3])', "Path(sys.argv[3] + __import__('os').environ['RANK'])"))
+    p = launch(tmp_path / 'train.py', save_recipe(recipe, tmp_path / 'r.yaml'), tiny_store, tmp_path / 'node')
+    said = p.communicate(timeout=120)[1]
+    assert p.returncode and 'on a disk that all nodes share' in said, said[-1500:]
+    assert latest(tmp_path / 'node0').name == 'step-00000004' and not checkpoints(tmp_path / 'node1')
+
+
+def test_a_signal_to_torchrun_costs_nothing(tiny_store, tmp_path):
+    recipe = save_recipe(dataclasses.replace(SMALL, data=str(tiny_store), batch=2, accumulate=2, epochs=40, tasks=('lat', 'biome'), log_every=1, save_every=1000), tmp_path / 'r.yaml')
+    (tmp_path / 'train.py').write_text('from mmearth.cli import main\nmain()\n')
+    words = ['pretrain', recipe, tmp_path / 'run', '--no-progress']
+    p, log = launch(tmp_path / 'train.py', *words, OMP_NUM_THREADS='1'), tmp_path / 'run' / 'log.csv'
+    while p.poll() is None and not (log.exists() and log.read_text().count('\n') > 3): time.sleep(.02)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=120)[1]
+    assert p.returncode and 'the same command goes on from there' in said, said[-1500:]
+    done = int(latest(tmp_path / 'run').name.split('-')[1])
+    one = pretrain(load_recipe(recipe), Store(tiny_store), tmp_path / 'run', until=done + 2, progress=False)
+    assert one.updates == done + 2 and one.log.step.tolist() == list(range(1, done + 3))
 
 
 @pytest.mark.parametrize('world', [2, 4])
@@ -263,20 +317,136 @@ def test_more_processes_than_forward_passes_are_refused(tiny_store, tmp_path, mo
     with pytest.raises(RecipeError, match='not a multiple of the 3 processes'): Trainer(dataclasses.replace(SMALL, accumulate=4), Store(tiny_store), tmp_path)
 
 
-def test_a_scheduler_may_end_a_run_and_start_it_again(tiny_store, tmp_path):
-    recipe = save_recipe(dataclasses.replace(SMALL, data=str(tiny_store), save_every=1000), tmp_path / 'r.yaml')
-    def command(out): return [sys.executable, '-m', 'mmearth.cli', 'pretrain', recipe, tmp_path / out, '-p', 'epochs=6', '--no-progress']
-    whole = subprocess.run(command('whole'), capture_output=True, text=True)
-    assert whole.returncode == 0 and whole.stdout.strip().endswith('step-00000036')
-    p = subprocess.Popen(command('ended'), stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize('save_every', [1, 1000])
+def test_a_scheduler_may_end_a_run_and_start_it_again(save_every, tiny_store, tmp_path):
+    recipe = dataclasses.replace(SMALL, data=str(tiny_store), epochs=6, save_every=save_every, keep=1)
+    whole = pretrain(recipe, Store(tiny_store), tmp_path / 'whole', progress=False)
+    words = ['-m', 'mmearth.cli', 'pretrain', save_recipe(dataclasses.replace(recipe, epochs=1), tmp_path / 'r.yaml'), tmp_path / 'ended', '-p', 'epochs=6', '--no-progress']
+    p = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())})
     log = tmp_path / 'ended' / 'log.csv'
     while p.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 3): time.sleep(.005)
     p.send_signal(signal.SIGTERM)
     said = p.communicate()[1]
-    assert p.returncode == 75 and 'the same command goes on from there' in said and len(checkpoints(tmp_path / 'ended')) == 1
-    assert subprocess.run(command('ended'), capture_output=True).returncode == 0
-    assert same(weights(latest(tmp_path / 'ended')), weights(latest(tmp_path / 'whole')))
-    assert pd.read_csv(log).drop(columns=[*CLOCK]).equals(pd.read_csv(tmp_path / 'whole' / 'log.csv').drop(columns=[*CLOCK]))
+    assert p.returncode == 75 and 'the same command goes on from there' in said and len(checkpoints(tmp_path / 'ended')) == 1, said
+    ended = pretrain(recipe, Store(tiny_store), tmp_path / 'ended', progress=False)
+    assert same(weights(ended.checkpoint), weights(whole.checkpoint)) and ended.log.drop(columns=[*CLOCK]).equals(whole.log.drop(columns=[*CLOCK]))
+
+
+def test_a_signal_in_the_last_save_or_before_the_first_update(tiny_store, tmp_path, monkeypatch):
+    import mmearth.pretrain as module
+    recipe, saved = dataclasses.replace(SMALL, epochs=1, tasks=('lat',), save_every=1000), module.save
+    monkeypatch.setattr(module, 'save', lambda *a: (signal.raise_signal(signal.SIGTERM), saved(*a))[1])
+    run = pretrain(recipe, Store(tiny_store), tmp_path / 'last', progress=False)
+    assert run.checkpoint.name == 'step-00000006' and run.updates == 6
+    monkeypatch.setattr(module, 'resume', lambda trainer: (signal.raise_signal(signal.SIGTERM), 0)[1])
+    with pytest.raises(Stopped, match='behind update 0 of 6'): pretrain(recipe, Store(tiny_store), tmp_path / 'first', progress=False)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not checkpoints(tmp_path / 'first')
+
+
+EARLY = '''
+import builtins, signal
+from mmearth.cli import main
+found = builtins.__import__
+def slow(name, *a, **k):
+    if name == 'torch': signal.raise_signal(signal.SIGTERM)
+    return found(name, *a, **k)
+builtins.__import__ = slow
+main()
+'''
+
+
+def test_a_signal_while_everything_is_imported(tiny_store, tmp_path):
+    recipe = save_recipe(dataclasses.replace(SMALL, data=str(tiny_store)), tmp_path / 'r.yaml')
+    p = subprocess.Popen([sys.executable, '-c', EARLY, 'pretrain', recipe, tmp_path / 'run'], stderr=subprocess.PIPE, text=True)
+    said = p.communicate(timeout=60)[1]
+    assert p.returncode == 75 and 'Traceback' not in said, said[-800:]
+
+
+def spoil(path, how):
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(dict(flipped=whole[:middle] + bytes(255 - b for b in whole[middle:middle + 9]) + whole[middle + 9:], truncated=whole[:middle], empty=b'')[how])
+
+
+@pytest.mark.parametrize('how', ['flipped', 'truncated', 'empty', 'gone'])
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimiser.safetensors', 'state.json', 'contract.json'])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(file, how, stopped, tmp_path, capsys):
+    recipe, store, whole, parts = stopped
+    out = tmp_path / 'run'
+    shutil.copytree(parts, out)
+    hurt = latest(out) / file
+    if how == 'gone': hurt.unlink()
+    else: spoil(hurt, how)
+    run = pretrain(recipe, store, out, progress=False)
+    assert same(weights(run.checkpoint), weights(whole.checkpoint)) and run.log.drop(columns=[*CLOCK]).equals(whole.log.drop(columns=[*CLOCK]))
+    said = capsys.readouterr().err
+    assert file in said and 'step-00000004.damaged' in said and (out / 'checkpoints' / 'step-00000004.damaged').is_dir()
+
+
+@pytest.fixture(scope='module')
+def stopped(tiny_store, tmp_path_factory):
+    "A run that was stopped behind update 5, with checkpoints of 2 and 4; and what it should come to."
+    folder, store = tmp_path_factory.mktemp('stopped'), Store(tiny_store)
+    recipe = dataclasses.replace(SMALL, epochs=1, tasks=('lat', 'biome'), save_every=2, keep=2, log_every=1)
+    whole = pretrain(recipe, store, folder / 'whole', progress=False)
+    pretrain(recipe, store, folder / 'parts', until=5, progress=False)
+    return recipe, store, whole, folder / 'parts'
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(stopped, tmp_path):
+    recipe, store, _, parts = stopped
+    shutil.copytree(parts, tmp_path / 'run')
+    for c in checkpoints(tmp_path / 'run'): spoil(c / 'optimiser.safetensors', 'flipped')
+    with pytest.raises(WeightsError, match='none of its checkpoints is whole'): pretrain(recipe, store, tmp_path / 'run', progress=False)
+    assert len(list((tmp_path / 'run' / 'checkpoints').glob('*.damaged'))) == 2
+
+
+@pytest.mark.parametrize('text,lost', [(b'6', 0), (b'step,sam', 4), (b'', 4), (b'\xff\xfe\x00rubbish', 4), (b'step,waited\n"', 4)])
+def test_a_damaged_log_does_not_stop_a_run(text, lost, stopped, tmp_path):
+    recipe, store, whole, parts = stopped
+    shutil.copytree(parts, tmp_path / 'run')
+    log = tmp_path / 'run' / 'log.csv'
+    log.write_bytes((log.read_bytes() if not lost else b'') + text)
+    run = pretrain(recipe, store, tmp_path / 'run', progress=False)
+    assert same(weights(run.checkpoint), weights(whole.checkpoint)) and run.log.step.tolist() == list(range(1 + lost, 7)) and run.log.loss.notna().all()
+
+
+def test_what_may_change_in_a_run(stopped, tmp_path):
+    recipe, store, whole, parts = stopped
+    shutil.copytree(parts, tmp_path / 'run')
+    with pytest.raises(RecipeError, match='mask_ratio'): pretrain(dataclasses.replace(recipe, mask_ratio=0.5), store, tmp_path / 'run', progress=False)
+    moved = dataclasses.replace(recipe, data='elsewhere', keep=5, save_every=3, log_every=2)
+    run = pretrain(moved, store, tmp_path / 'run', progress=False)
+    assert same(weights(run.checkpoint), weights(whole.checkpoint)) and run.log.step.tolist() == [1, 2, 3, 4, 6]
+
+
+def test_two_runs_in_one_folder(stopped, tmp_path):
+    recipe, store, _, parts = stopped
+    shutil.copytree(parts, tmp_path / 'run')
+    path = save_recipe(recipe, tmp_path / 'r.yaml')
+    with alone(tmp_path / 'run'):
+        done = subprocess.run([sys.executable, '-c', KILLED, path, store.root, tmp_path / 'run'], capture_output=True, text=True)
+    assert done.returncode and 'another process trains in this folder' in done.stderr, done.stderr[-500:]
+    assert [c.name for c in checkpoints(tmp_path / 'run')] == ['step-00000002', 'step-00000004']
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tiny_store, tmp_path, monkeypatch):
+    import mmearth.weights as module
+    done, to_disk, rename = [], module._to_disk, Path.rename
+    monkeypatch.setattr(module, '_to_disk', lambda path: (done.append(('disk', path.name)), to_disk(path))[1])
+    monkeypatch.setattr(Path, 'rename', lambda self, target: (done.append(('name', Path(target).name)), rename(self, target))[1])
+    pretrain(dataclasses.replace(SMALL, epochs=0), Store(tiny_store), tmp_path, progress=False)
+    files = [name for what, name in done[:done.index(('name', 'step-00000000'))]]
+    assert sorted(files) == ['contract.json', 'model.safetensors', 'optimiser.safetensors', 'state.json'] and done[-1] == ('disk', 'checkpoints')
+
+
+def test_half_precision_learns_what_single_precision_learns(tiny_store, tmp_path):
+    runs = {p: pretrain(dataclasses.replace(SMALL, epochs=3, log_every=1, precision=p), Store(tiny_store), tmp_path / p, progress=False) for p in ('fp32', 'bf16')}
+    loss = {p: r.log.loss.to_numpy() for p, r in runs.items()}
+    assert not np.array_equal(loss['fp32'], loss['bf16'])
+    np.testing.assert_allclose(loss['bf16'], loss['fp32'], rtol=0.05)
+    assert all(v.dtype == torch.float32 for v in weights(runs['bf16'].checkpoint).values()) and loss['bf16'][-1] < loss['bf16'][0]
+    assert 0 < runs['fp32'].overhead < 1
 
 
 def test_a_run_goes_on_with_the_kernels_it_was_begun_with(tiny_store, tmp_path, monkeypatch):

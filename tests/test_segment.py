@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mmearth import finetune, segment, unet
 from mmearth.convnext import SIZES, ConvNeXtV2
-from mmearth.pretrain import Diverged
+from mmearth.guard import Diverged
 from mmearth.probe import Planes
 from mmearth.weights import Contract, WeightsError
 
