@@ -25,6 +25,9 @@ class Front(typer.core.TyperGroup):
         try: return super().invoke(ctx)
         except Exception as e:
             if type(e).__module__.partition('.')[0] in ('click', 'typer'): raise
+            if type(e).__name__ == 'Stopped':
+                typer.echo(str(e), err=True)
+                raise typer.Exit(75) from None
             typer.echo(f"{type(e).__name__}: {import_module('mmearth.index').in_words(e)}", err=True)
             raise typer.Exit(1) from None
 
@@ -287,7 +290,7 @@ _Recipe = Annotated[str, typer.Argument(metavar='RECIPE', help='YAML file, or th
 def run(name:Annotated[str, typer.Argument(help='nbs/runs/NAME.ipynb')], run_id:Annotated[str, typer.Argument(help='name of the folder that is made')], params:_Params=(),
         recipe:Annotated[str, typer.Option('-f', help='YAML file of parameters, or the name of one of ours, such as mini', show_default=False)]=None,
         runs:Annotated[str, typer.Option(help='folder that receives RUN_ID; reports/runs for a run that is to be kept')]='runs', quiet:Annotated[bool, typer.Option('-q', '--quiet', help='no bar')]=False):
-    "Execute a run notebook and keep it. Parameters are checked against those it declares."
+    "Execute a run notebook and keep it. Parameters are checked against those it declares; stopped by SIGTERM it ends with code 75, a pretraining behind a checkpoint."
     words = [w for p in params for w in ('-p', p)]
     typer.echo(import_module('mmearth.report').main(['run', name, run_id, *words, '--runs', runs, *(['-f', recipe] if recipe else []), *(['-q'] if quiet else [])]))
 
@@ -298,10 +301,7 @@ def pretrain(recipe:_Recipe, out:Annotated[Path, typer.Argument(help='folder of 
     if out.is_file(): raise FileExistsError(f'{out}: it is in the way; choose another path, or remove it')
     if any(out.glob('*.h5')) or (out / 'pack.json').is_file() or (out / 'zarr.json').is_file(): raise ValueError(f'{out}: tiles are in this folder; give one for the run, and the tiles as -p data {out}')
     with joined.together():
-        try: run = training.pretrain(chosen, import_module('mmearth.named').open_data(chosen.data), out, progress=progress)
-        except joined.Stopped as e:
-            typer.echo(str(e), err=True)
-            raise typer.Exit(75) from None
+        run = training.pretrain(chosen, import_module('mmearth.named').open_data(chosen.data), out, progress=progress)
         if joined.ranks()[0] == 0: typer.echo(run.checkpoint)
 
 @app.command()

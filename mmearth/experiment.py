@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from tqdm import tqdm
+from .checkpoint import checkpoints, latest
+from .execute import RunError
 from .index import in_words
 from .named import open_data, repo_root
-from .checkpoint import checkpoints, latest
 from .recipe import Recipe, RecipeError, check, differences, read_values, to_dict
-from .report import RunError, declared, index, load_runs, run_notebook
+from .report import declared, index, load_runs, run_notebook
+from .together import Stopped
 from .weights import read_contract
 
 # %% ../nbs/42_experiment.ipynb #experiment-class
@@ -175,4 +177,7 @@ def main(args:list[str]|None=None)->Path:
 # %% ../nbs/42_experiment.ipynb #command-line
 if __name__ == '__main__' and '__file__' in globals():
     try: main()
+    except Stopped as error:
+        sys.stderr.write(f'{error}\n')
+        sys.exit(75)
     except (ValueError, KeyError, OSError, RunError) as error: sys.exit(f'{type(error).__name__}: {in_words(error)}')

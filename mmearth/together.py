@@ -34,12 +34,13 @@ class Stopped(RuntimeError):
     "A signal ended the run behind a checkpoint; the same call goes on."
 
 @contextmanager
-def signals(): # gives a list that is no longer empty once a signal came
+def signals(then=None): # called when a signal came; gives a list that is then no longer empty
     "Notes SIGTERM and Ctrl-C instead of dying of them, where this thread may; who presses Ctrl-C twice does not want to wait."
     came, mine = [], threading.current_thread() is threading.main_thread()
     def note(number, frame):
         if came and number == signal.SIGINT: raise KeyboardInterrupt
         came.append(number)
+        if then: then()
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)} if mine else {}
     try: yield came
     finally:

@@ -213,3 +213,17 @@ def test_every_kept_run_is_in_the_index():
     root, text = repo_root(), (report.repo_root() / 'reports' / 'README.md').read_text()
     for run in report.load_runs(): assert f'](runs/{run["run_id"]}/run.ipynb)' in text, f'{run["run_id"]}: run python -m mmearth.report index'
     assert '0 updates' not in text
+
+
+def test_a_scheduler_may_end_a_run_notebook(tiny_store, tmp_path):
+    "SIGTERM to the command reaches the kernel: a checkpoint, code 75, no kernel left behind; the same command goes on."
+    import signal, time
+    words = [sys.executable, '-m', 'mmearth.report', 'run', 'pretrain', 'ended', '-q', '--runs', str(tmp_path), '-p', f'data={tiny_store}', '-p', 'tasks=lat,biome', '-p', 'batch=4', '-p', 'decoder_width=32', '-p', 'save_every=100000', '-p', 'log_every=1']
+    p = subprocess.Popen([*words, '-p', 'epochs=2000'], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / 'ended' / 'log.csv'
+    while p.poll() is None and not (log.exists() and log.read_text().count('\n') > 3): time.sleep(.05)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=90)[1]
+    kept = list((tmp_path / 'ended' / 'checkpoints').iterdir())
+    assert p.returncode == 75 and 'the same command goes on from there' in said and len(kept) == 1, said[-500:]
+    assert int(kept[0].name.split('-')[1]) == len(log.read_text().splitlines()) - 1 and not (tmp_path / 'ended' / 'metrics.json').exists()
