@@ -1,5 +1,9 @@
 "Runs, kept folders and the table of runs: the promises of 40_report that a lesson does not show."
 import json
+import signal
+import subprocess
+import sys
+import time
 from contextlib import chdir
 from pathlib import Path
 
@@ -217,7 +221,6 @@ def test_every_kept_run_is_in_the_index():
 
 def test_a_scheduler_may_end_a_run_notebook(tiny_store, tmp_path):
     "SIGTERM to the command reaches the kernel: a checkpoint, code 75, no kernel left behind; the same command goes on."
-    import signal, time
     words = [sys.executable, '-m', 'mmearth.report', 'run', 'pretrain', 'ended', '-q', '--runs', str(tmp_path), '-p', f'data={tiny_store}', '-p', 'tasks=lat,biome', '-p', 'batch=4', '-p', 'decoder_width=32', '-p', 'save_every=100000', '-p', 'log_every=1']
     p = subprocess.Popen([*words, '-p', 'epochs=2000'], stderr=subprocess.PIPE, text=True)
     log = tmp_path / 'ended' / 'log.csv'
