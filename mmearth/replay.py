@@ -16,7 +16,7 @@ from .named import repo_root
 from .report import declared, environment, load_runs, run_notebook
 
 # %% ../nbs/40a_replay.ipynb #compare
-CLOCKED = re.compile(r'second|per_s|waited|minute|hour|overhead|memory|took')  # in the name of a value: it differs between any two runs
+CLOCKED = re.compile(r'(^|[._ ])(seconds?|per_s(econd)?|waited|minutes?|hours?|overhead|memory|took)([._ ]|$)')  # words in the name of a value: it differs between any two runs
 
 def _flat(value, name:str='')->dict: # path of a value -> value
     "The values of nested dicts and lists, by their path."
