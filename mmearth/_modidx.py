@@ -607,6 +607,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmearth.kernels.mix': ('kernels.html#mix', 'mmearth/kernels.py'),
                                  'mmearth.kernels.visible_features': ('kernels.html#visible_features', 'mmearth/kernels.py')},
             'mmearth.laboratory': { 'mmearth.laboratory._answers': ('laboratory.html#_answers', 'mmearth/laboratory.py'),
+                                    'mmearth.laboratory._code': ('laboratory.html#_code', 'mmearth/laboratory.py'),
+                                    'mmearth.laboratory._hash': ('laboratory.html#_hash', 'mmearth/laboratory.py'),
                                     'mmearth.laboratory._written': ('laboratory.html#_written', 'mmearth/laboratory.py'),
                                     'mmearth.laboratory.arms': ('laboratory.html#arms', 'mmearth/laboratory.py'),
                                     'mmearth.laboratory.draw_effects': ('laboratory.html#draw_effects', 'mmearth/laboratory.py'),

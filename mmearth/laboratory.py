@@ -7,8 +7,13 @@ __all__ = ['arms', 'questions', 'experiment', 'effects', 'draw_effects']
 
 # %% ../nbs/45_laboratory.ipynb #imports
 import dataclasses
+import hashlib
+import json
+import re
 import tempfile
+from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,7 +24,7 @@ from .figures import plain
 from .modalities import modality
 from .pretrain import pretrain
 from .probe import features, linear_probe
-from .recipe import Recipe, RecipeError, recipe_hash
+from .recipe import Recipe, RecipeError, to_dict
 from .store import Store, TileSet
 from .weights import load_encoder
 
@@ -52,10 +57,29 @@ def questions(store:Store, # labelled
         found['main cover'] = np.array([np.bincount(c[c > 0], minlength=1).argmax() if (c > 0).any() else -1 for c in cover])
     return found
 
+# %% ../nbs/45_laboratory.ipynb #identity
+_READ = dict(pool='final', reader='linear_probe')  # how features are taken and read
+
+def _code(names:tuple[str, ...]=('pretrain', 'probe', 'fast', 'gpu'), # modules of this package, those that `kernels` fetches late among them
+          folder:Path|None=None, # where they are
+         )->str: # hexadecimal digits
+    "Hash of modules and of all that they import from their folder."
+    folder, found, todo = folder or Path(import_module('mmearth').__file__).parent, {}, [*names]
+    while todo:
+        name = todo.pop()
+        if name in found: continue
+        found[name] = (folder / f'{name}.py').read_text(encoding='utf-8')
+        todo += re.findall(r'^from \.(\w+) import', found[name], re.M)
+    return _hash(found)
+
+def _hash(values)->str:
+    "Short hash of plain values."
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
 # %% ../nbs/45_laboratory.ipynb #accuracy
 def _answers(encoder, store:Store, splits:dict, asked:dict)->list[dict]:
     "Accuracy of a tuned linear probe for every question."
-    x = {s: features(encoder, store, rows, progress=False) for s, rows in splits.items()}
+    x = {s: features(encoder, store, rows, progress=False, pool=_READ['pool']) for s, rows in splits.items()}
     found = []
     for question, y in asked.items():
         known = {s: y[s] >= 0 for s in splits}
@@ -72,25 +96,28 @@ def experiment(recipe:Recipe, # what the arms share
                seeds=(0, 1, 2), # pretraining seeds
                ways:tuple[str, ...]=('out', 'in'), # see `arms`
                progress:bool=True, # show a bar
-              )->pd.DataFrame: # arm, seed, question, accuracy, images
+              )->pd.DataFrame: # arm, seed, question, accuracy, images (asked about), seconds (of the arm, when it was made)
     "Pretrains and reads out every arm with every seed."
     labels = scenes.labels if scenes.labels is not None else pd.DataFrame(dict(row=[], split=[]))
     splits = {s: labels[labels.split.str.startswith(s)].row.to_numpy() for s in ('train', 'val', 'test')}
     everything = questions(scenes, np.concatenate(list(splits.values())))
     ends = np.cumsum([len(r) for r in splits.values()])[:-1]
     asked = {q: dict(zip(splits, np.split(y, ends))) for q, y in everything.items()}
+    same = dict(tiles=store.fingerprint, scenes=scenes.fingerprint, code=_code(), read=_READ, splits={s: r.tolist() for s, r in splits.items()}, asked={q: y.tolist() for q, y in everything.items()})
     todo, rows = [(arm, tasks, seed) for seed in seeds for arm, tasks in arms(recipe.tasks, ways).items()], []
     for arm, tasks, seed in tqdm(todo, unit='arm', desc='laboratory', disable=not progress):
         mine = dataclasses.replace(recipe, tasks=tasks, seed=seed)
-        kept = Path(out) / f'{recipe_hash(mine)}.csv'
+        kept = Path(out) / f'{_hash(dict(same, recipe=to_dict(mine)))}.csv'
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as folder:
+                start = perf_counter()
                 encoder = load_encoder(pretrain(mine, store, folder, progress=False).checkpoint)
-                pd.DataFrame(_answers(encoder, scenes, splits, asked)).to_csv(part := kept.with_suffix('.part'), index=False)
+                found = _answers(encoder, scenes, splits, asked)
+                pd.DataFrame(found).assign(seconds=round(perf_counter() - start, 1)).to_csv(part := kept.with_suffix('.part'), index=False)
             part.replace(kept)
         rows.append(pd.read_csv(kept).assign(arm=arm, seed=seed))
-    return pd.concat(rows, ignore_index=True)[['arm', 'seed', 'question', 'accuracy', 'images']]
+    return pd.concat(rows, ignore_index=True)[['arm', 'seed', 'question', 'accuracy', 'images', 'seconds']]
 
 # %% ../nbs/45_laboratory.ipynb #effects
 def effects(rows:pd.DataFrame, # of `experiment`

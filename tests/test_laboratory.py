@@ -1,9 +1,14 @@
 """The pretext laboratory: arms, effects against a loop, and one that was stopped."""
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.neighbors import NearestCentroid
 
-from mmearth.laboratory import arms, draw_effects, effects, experiment, questions
+import mmearth
+from mmearth.laboratory import _code, arms, draw_effects, effects, experiment, questions
 from mmearth.modalities import TASKS, modality
 from mmearth.recipe import Recipe, RecipeError
 from mmearth.store import Store
@@ -55,8 +60,45 @@ def test_one_that_was_stopped_goes_on(tmp_path):
     before = first.stat().st_mtime_ns
     second.unlink()
     (tmp_path / 'kept' / 'x.part').write_text('half')
-    pd.testing.assert_frame_equal(experiment(recipe, store, scenes, tmp_path / 'kept', (0,), ('in',), progress=False), whole)
-    assert first.stat().st_mtime_ns == before
+    again = experiment(recipe, store, scenes, tmp_path / 'kept', (0,), ('in',), progress=False)
+    pd.testing.assert_frame_equal(again.drop(columns='seconds'), whole.drop(columns='seconds'))
+    assert first.stat().st_mtime_ns == before and (again.seconds > 0).all() and again.groupby('arm').seconds.nunique().eq(1).all()
+
+
+def test_one_folder_answers_about_what_it_was_asked(tmp_path, monkeypatch):
+    tiles, others = (Store(write_store(tmp_path / f'tiles{s}', 16, seed=s)) for s in (3, 4))
+    scenes, more = (Store(write_store(tmp_path / f'scenes{n}', n, seed=1, labelled=True)) for n in (48, 96))
+    monkeypatch.setattr('mmearth.laboratory.linear_probe', lambda x, y, *val: NearestCentroid().fit(x, y))  # quick; what is tried is the cache
+    recipe, kept = Recipe(batch=8, epochs=0.5, crop=32, decoder_width=32, tasks=('sentinel2', 'lat')), tmp_path / 'kept'
+    ask = lambda store, scenes, folder=kept: experiment(recipe, store, scenes, folder, (0,), ('in',), progress=False).drop(columns='seconds')
+    files = lambda: len(list(kept.glob('*.csv')))
+    one = ask(tiles, scenes)
+    assert files() == 2
+    two = ask(tiles, more)
+    assert files() == 4 and not one.equals(two)
+    pd.testing.assert_frame_equal(two, ask(tiles, more, tmp_path / 'fresh'))
+    pd.testing.assert_frame_equal(one, ask(tiles, scenes))
+    ask(others, scenes)
+    assert files() == 6
+    monkeypatch.setattr('mmearth.laboratory._code', lambda: 'other code')
+    ask(tiles, scenes)
+    assert files() == 8
+
+
+def test_the_code_that_counts_is_what_is_imported(tmp_path):
+    for name, text in dict(a='from .b import x\nimport numpy\n', b='x = 1\n', c='y = 1\n').items(): (tmp_path / f'{name}.py').write_text(text)
+    first = _code(('a',), tmp_path)
+    (tmp_path / 'c.py').write_text('y = 2\n')
+    assert _code(('a',), tmp_path) == first
+    (tmp_path / 'b.py').write_text('x = 2\n')
+    assert _code(('a',), tmp_path) != first
+    package = tmp_path / 'package'
+    shutil.copytree(Path(mmearth.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__'))
+    assert _code(folder=package) == _code()
+    for name, counts in dict(laboratory=False, figures=False, logistic=True, convnext=True, store=True, fast=True).items():
+        with (package / f'{name}.py').open('a') as f: f.write('# changed\n')
+        assert (_code(folder=package) != _code()) == counts
+        if counts: shutil.copy(Path(mmearth.__file__).parent / f'{name}.py', package)
 
 
 def test_questions_are_read_off_the_store(tmp_path):
