@@ -8,7 +8,7 @@ import pytest
 from sklearn.neighbors import NearestCentroid
 
 import mmearth
-from mmearth.laboratory import _code, arms, draw_effects, effects, experiment, questions
+from mmearth.laboratory import _code, arms, draw_effects, effects, experiment, questions, smallest_effects
 from mmearth.modalities import TASKS, modality
 from mmearth.recipe import Recipe, RecipeError
 from mmearth.store import Store
@@ -38,18 +38,44 @@ def test_effects_are_paired_by_seed():
     assert found.low['left out', 'biome'] > 8 and abs(found.points['left out', 'lat']) < 1 and found.low['taken in', 'biome'] > 8
 
 
-def test_the_picture_tells_what_has_no_interval():
-    shape = dict(way='left out', question='q', points=-2.0, seeds=3)
-    found = pd.DataFrame([shape | dict(task='lat', low=-3.0, high=-1.0), shape | dict(task='lon', low=-5.0, high=1.0), shape | dict(task='biome', low=np.nan, high=np.nan, seeds=1),
-                          shape | dict(task='month', question='other', low=np.nan, high=np.nan, seeds=1)])
+def _drawn(ax):
+    "(points, row, mark, fill) of every mark of a panel, and (row, low, high) of every bar that can be seen."
+    marks = {(x, round(float(y), 2), m.get_marker(), m.get_markerfacecolor()) for m in ax.lines if m.get_marker() not in ('None', None, '') for x, y in zip(m.get_xdata(), m.get_ydata())}
+    bars = {(round(float(b[0][1]), 2), b[0][0], b[1][0]) for c in ax.collections for b in c.get_segments()}
+    return marks, bars
+
+
+def test_the_picture_tells_what_has_an_interval_and_what_is_told_apart():
+    shape = dict(way='left out', question='q', seeds=3)
+    found = pd.DataFrame([shape | dict(task='lat', points=-2.0, low=-3.0, high=-1.0), shape | dict(task='lon', points=-2.5, low=-5.0, high=1.0),
+                          shape | dict(task='biome', points=1.5, low=np.nan, high=np.nan, seeds=1), shape | dict(task='lat', way='taken in', points=2.0, low=0.5, high=3.5),
+                          shape | dict(task='month', question='other', points=-1.0, low=np.nan, high=np.nan, seeds=1)])
     fig = draw_effects(found)
-    minus = '\N{MINUS SIGN}'
-    drawn = [(t.get_text(), t.get_fontweight(), t.get_fontstyle()) for t in fig.axes[0].texts]
-    assert drawn == [(f'{minus}2.0', 'bold', 'normal'), (f'{minus}2.0', 'normal', 'normal'), (f'({minus}2.0)', 'normal', 'italic'), (f'({minus}2.0)', 'normal', 'italic')]  # q of lat, lon, biome; other of month
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['Latitude', 'Longitude', 'Biome', 'Month']
-    note = fig._supxlabel.get_text()
-    assert 'mean of 1 to 3 pretraining seeds' in note and 'Bold: the 95 % t interval over seeds leaves out zero' in note
-    assert 'mean of 3 pretraining seeds' in draw_effects(found[:2])._supxlabel.get_text()
+    q, other = fig.axes
+    assert (q.get_title(), other.get_title()) == ('Q', 'Other') and [t.get_text() for t in q.get_yticklabels()] == ['Latitude', 'Longitude', 'Biome', 'Month']
+    marks, bars = _drawn(q)
+    blue, orange = '#2B6CA3', '#C2540A'
+    assert marks == {(2.0, -0.18, 'o', blue), (-2.0, 0.18, 's', orange), (-2.5, 1.18, 's', 'white'), (1.5, 2.18, 's', 'white')}
+    assert bars == {(-0.18, 0.5, 3.5), (0.18, -3.0, -1.0), (1.18, -5.0, 1.0)}
+    assert _drawn(other) == ({(-1.0, 3.18, 's', 'white')}, set())
+    low, high = q.get_xlim()
+    assert low == -high and high > 5
+    note = fig._supxlabel.get_text().replace('\n', ' ')
+    assert 'Mean of 1 to 3 pretraining seeds' in note and 'Filled: 2 of 3 intervals leave out zero, about 0 would by luck alone' in note and 'none where there is one seed' in note
+    assert 'Mean of 1 pretraining seed, which has no interval' in draw_effects(found[found.low.isna()])._supxlabel.get_text().replace('\n', ' ')
+
+
+def test_the_size_that_is_seen_four_times_in_five():
+    found = pd.DataFrame(dict(question=['a', 'a', 'b'], deviation=[1.0, 7.0, 5.0]))
+    table = smallest_effects(found, (3, 6), power=0.6).set_index(['question', 'seeds'])
+    assert table.deviation.to_numpy() == pytest.approx(np.full(6, 5.0))
+    rng = np.random.default_rng(1)
+    for n, t in ((3, 4.302653), (6, 2.570582)):
+        size = table.smallest['a', n]
+        assert table.half_width['a', n] == pytest.approx(t * 5 / n ** 0.5, rel=1e-5)
+        x = rng.normal(size, 5, (40000, n))
+        assert (abs(x.mean(1)) > t * x.std(1, ddof=1) / n ** 0.5).mean() == pytest.approx(0.6, abs=0.01)
+    with pytest.raises(ValueError, match='at least two seeds'): smallest_effects(found.assign(deviation=np.nan))
 
 
 def test_one_that_was_stopped_goes_on(tmp_path):
