@@ -1060,6 +1060,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.report._is_there': ('report.html#_is_there', 'mmearth/report.py'),
                                 'mmearth.report._json': ('report.html#_json', 'mmearth/report.py'),
                                 'mmearth.report._line': ('report.html#_line', 'mmearth/report.py'),
+                                'mmearth.report._minutes': ('report.html#_minutes', 'mmearth/report.py'),
                                 'mmearth.report._nearest': ('report.html#_nearest', 'mmearth/report.py'),
                                 'mmearth.report._png': ('report.html#_png', 'mmearth/report.py'),
                                 'mmearth.report._recipe_values': ('report.html#_recipe_values', 'mmearth/report.py'),
