@@ -246,6 +246,10 @@ def _together(texts:list[str])->str:
     found = [sorted(set(ns), key=lambda n: float(n.replace(',', ''))) for ns in zip(*map(_NUMBER.findall, texts))]
     return ''.join(p + n for p, n in zip(parts[0], [ns[0] if len(ns) == 1 else f'{ns[0]} to {ns[-1]}' for ns in found] + ['']))
 
+def _minutes(run:dict)->float:
+    "Minutes of computing behind a run: its own count where it went on from what an earlier go left, else its clock."
+    return run['metrics'].get('minutes', run['env'].get('seconds', 0) / 60)
+
 def _line(name:str, runs:list[dict], folder:Path)->str:
     "A line of the index: runs that differ in their seed alone."
     env = [r['env'] for r in runs]
@@ -253,7 +257,7 @@ def _line(name:str, runs:list[dict], folder:Path)->str:
     commits = dict.fromkeys(str(e.get('commit', ''))[:10] + '*' * (e.get('dirty') is True) for e in env)
     devices = dict.fromkeys(str(e.get('device', '')) for e in env)
     return f"| {'' if len(runs) == 1 else name + ': '}{', '.join(links)} | {env[0].get('notebook', '')} | {_together([_headline(r) for r in runs])} " \
-           f"| {sum(e.get('seconds', 0) for e in env) / 60:.1f}, {', '.join(devices)} | {', '.join(commits)} |"
+           f"| {sum(map(_minutes, runs)):.1f}, {', '.join(devices)} | {', '.join(commits)} |"
 
 # %% ../nbs/40_report.ipynb #sections
 _HEAD = ['| run | notebook | headline | minutes, device | commit |', '|---|---|---|---|---|']

@@ -210,6 +210,9 @@ def test_the_index_groups_an_experiment_and_folds_its_seeds(repo):
     assert storm[0] == 'Does it?' and storm[4].startswith('| [storm-report](runs/storm-report/run.ipynb) | report | said')
     assert storm[5:] == ['| storm-all-probe: [s0](runs/storm-all-s0-probe/run.ipynb), [s1](runs/storm-all-s1-probe/run.ipynb), [s2](runs/storm-all-s2-probe/run.ipynb) | probe | all: accuracy 0.69 to 0.71 with all labels | 3.0, a | cccccccccc |',
                          '| storm-random: [s0](runs/storm-random-s0/run.ipynb), [s1](runs/storm-random-s1/run.ipynb) | pretrain | pico-test, 1 task, random weights | 2.0, a | cccccccccc |']
+    assert '| alone | 1.0, a |' in text
+    report.Keep('reports/runs/other').json('metrics', dict(headline='alone', minutes=90))          # it went on from an earlier go
+    assert '| alone | 90.0, a |' in report.index().read_text()
     with pytest.raises(ValueError, match='README.md of the repository'): report.index('runs')
 
 
