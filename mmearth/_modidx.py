@@ -276,6 +276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmearth.eurosat.Jpegs.__init__': ('eurosat.html#jpegs.__init__', 'mmearth/eurosat.py'),
                                  'mmearth.eurosat.Jpegs.__len__': ('eurosat.html#jpegs.__len__', 'mmearth/eurosat.py'),
                                  'mmearth.eurosat.Jpegs.pixels': ('eurosat.html#jpegs.pixels', 'mmearth/eurosat.py'),
+                                 'mmearth.eurosat._as_stored': ('eurosat.html#_as_stored', 'mmearth/eurosat.py'),
                                  'mmearth.eurosat._check_rows': ('eurosat.html#_check_rows', 'mmearth/eurosat.py'),
                                  'mmearth.eurosat._tile_facts': ('eurosat.html#_tile_facts', 'mmearth/eurosat.py'),
                                  'mmearth.eurosat._write_arrays': ('eurosat.html#_write_arrays', 'mmearth/eurosat.py'),

@@ -68,15 +68,24 @@ def circle(degrees)->np.ndarray: # (N, 2) float32
     return np.stack([np.sin(np.radians(degrees)), np.cos(np.radians(degrees))], 1).astype(np.float32)
 
 # %% ../nbs/09_eurosat.ipynb #write-parts
+def _as_stored(name:str, block)->np.ndarray:
+    "Numbers in the type that the modality is stored in; refuses what that type cannot hold."
+    x, dtype = np.asarray(block), np.dtype(modality(name).dtype)
+    if x.dtype == dtype: return x
+    kept = x.astype(dtype)
+    if dtype.kind != 'f' and not (kept == x).all():
+        raise ValueError(f'{name}: {x.dtype} numbers from {np.nanmin(x):g} to {np.nanmax(x):g}, which {dtype} cannot hold; {"give reflectance x 10000, rounded" if name == "sentinel2" else f"give {modality(name).unit or dtype} as whole numbers"}')
+    return kept
+
 def _write_arrays(path:Path, arrays:dict, bands:dict, tile_ids:list[str], level:str, compression:str|None, progress:bool, block:int=256):
     "Writes the HDF5 file, in slices of `block` rows."
     with h5py.File(path, 'w') as f:
         meta = np.array([(t.encode(), level.encode()) for t in tile_ids], [('tile_id', 'S100'), ('S2_type', 'S10')])
         f.create_dataset('metadata', data=meta)
         for name, array in arrays.items():
-            ds = f.create_dataset(name, array.shape, array.dtype, chunks=(1, *array.shape[1:]), compression=compression)
+            ds = f.create_dataset(name, array.shape, modality(name).dtype, chunks=(1, *array.shape[1:]), compression=compression)
             if name in bands: ds.attrs['bands'] = list(bands[name])
-            for at in tqdm(range(0, len(tile_ids), block), desc=name, disable=not progress): ds[at:at + block] = np.asarray(array[at:at + block])
+            for at in tqdm(range(0, len(tile_ids), block), desc=name, disable=not progress): ds[at:at + block] = _as_stored(name, array[at:at + block])
 
 def _tile_facts(arrays:dict, bands:dict, level:str, lat:float, lon:float, i:int)->dict:
     "What the released tile information says about a tile, as far as it is known."

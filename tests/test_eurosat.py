@@ -206,12 +206,25 @@ def test_other_labelled_arrays(tmp_path):
         assert all(np.array_equal(store.read(range(10))[k], arrays[k]) for k in arrays)
         assert store.rows('test').tolist() == [7, 8, 9] and set(store.levels) == {'l2a'} and store.labels.label.tolist() == args['labels']
         np.testing.assert_allclose(store.stats['aster']['mean'], arrays['aster'][:7].mean((0, 2, 3)))
-    with pytest.raises(StoreError, match='float64 numbers'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'arrays': dict(sentinel1=arrays['sentinel1'].astype(float))})
+    wide = Store(write_labelled_store(tmp_path / 'wide', 'radar_v1_8', **{**args, 'arrays': dict(sentinel1=arrays['sentinel1'].astype(float))}))
+    np.testing.assert_array_equal(wide.read(range(10), ['sentinel1'])['sentinel1'], arrays['sentinel1'])
     with pytest.raises(ValueError, match='lat and lon'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'lat': np.full(10, np.nan)})
     with pytest.raises(ValueError, match='one must be called train'): write_labelled_store(tmp_path / 'x', 'x', **{**args, 'splits': ['fit'] * 7 + ['test'] * 3})
-    assert not (tmp_path / 'x').exists() and len(list(tmp_path.iterdir())) == 2
+    assert not (tmp_path / 'x').exists() and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_store_without_places_is_refused(tmp_path):
     with pytest.raises(ValueError, match='a place in degrees is needed'):
         write_labelled_store(tmp_path / 'x', 'x_64', dict(sentinel2=np.zeros((2, 1, 8, 8), 'uint16')), ['a', 'b'], None, None, ['train', 'val'], bands=dict(sentinel2=['B2']))
+
+
+@pytest.mark.parametrize('dtype', ['int64', 'int16', 'float32', 'float64'])
+def test_whole_numbers_of_any_type_are_stored(dtype, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 9000, (6, 4, 8, 8))
+    args = dict(labels=['a', 'b'] * 3, lat=np.linspace(0, 50, 6), lon=np.linspace(0, 50, 6), splits=['train'] * 4 + ['val', 'test'], bands=dict(sentinel2=['B2', 'B3', 'B4', 'B8']))
+    store = Store(write_labelled_store(tmp_path / 'x', 'x_v1_8', dict(sentinel2=pixels.astype(dtype)), **args))
+    read = store.read(range(6), ['sentinel2'])['sentinel2']
+    assert read.dtype == 'uint16' and np.array_equal(read, pixels)
+    for bad in (pixels - 9000, pixels * 100, pixels / 10_000):
+        with pytest.raises(ValueError, match='sentinel2: .* which uint16 cannot hold; give reflectance x 10000, rounded'): write_labelled_store(tmp_path / 'y', 'y_v1_8', dict(sentinel2=bad), **args)
+    assert not (tmp_path / 'y').exists()
