@@ -1263,6 +1263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmearth.store.stats_owner': ('store.html#stats_owner', 'mmearth/store.py'),
                                'mmearth.store.survey': ('store.html#survey', 'mmearth/store.py')},
             'mmearth.survival': { 'mmearth.survival._phase': ('survival.html#_phase', 'mmearth/survival.py'),
+                                  'mmearth.survival._under_way': ('survival.html#_under_way', 'mmearth/survival.py'),
                                   'mmearth.survival.marks': ('survival.html#marks', 'mmearth/survival.py'),
                                   'mmearth.survival.survive': ('survival.html#survive', 'mmearth/survival.py'),
                                   'mmearth.survival.timeless': ('survival.html#timeless', 'mmearth/survival.py')},

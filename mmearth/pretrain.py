@@ -272,6 +272,7 @@ def _loop(trainer:Trainer, came:list, until:int|None, progress:bool)->Run:
     r, out, first = trainer.recipe, trainer.out, trainer.rank == 0
     done, each = resume(trainer), r.batch * r.accumulate
     if first and progress and (done or (out / 'log.csv').exists()): tqdm.write(f'{out.name}: ' + (f'goes on behind update {done} of {trainer.total}' if done else 'no checkpoint there, begins anew'), file=sys.stderr)
+    if first: prune(out, r.keep)
     log = Log(out, tuple(trainer.model.tasks), done) if first else None
     begun, since, idle, spent = time.perf_counter(), done, 0., 0.
     last = begun

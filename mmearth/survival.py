@@ -36,10 +36,17 @@ def timeless(out:Path)->pd.DataFrame:
 # %% ../nbs/21b_survival.ipynb #survive
 PHASES = {'.part': 'writing a checkpoint', '.old': 'removing an old one'}  # what is there meanwhile
 
-def _phase(out:Path, before:str)->str:
+def _under_way(out:Path)->set[tuple]: # ending, and which it is
+    "What is being written or removed, or was left so by a kill."
+    found = set()
+    for p in (out / 'checkpoints').glob('step-*'):
+        try: found |= {(p.suffix, p.name, p.stat().st_ino)} if p.suffix in PHASES else set()
+        except FileNotFoundError: pass
+    return found
+
+def _phase(out:Path, before:str, left:set)->str:
     "What a process had come to when it was killed."
-    for ending, phase in PHASES.items():
-        if list((out / 'checkpoints').glob(f'step-*{ending}')): return phase
+    for ending, *_ in sorted(_under_way(out) - left): return PHASES[ending]
     now = latest(out).name if checkpoints(out) else ''
     return 'learning' if now != before else 'before its first checkpoint'
 
@@ -61,16 +68,16 @@ def survive(recipe:Recipe, # with a `data` folder that any process can open
             out = root / f'run-{run}'
             before, begun = latest(out).name if checkpoints(out) else '', time.perf_counter()
             p = subprocess.Popen([sys.executable, '-m', 'mmearth.cli', 'pretrain', str(file), str(out), '--no-progress'], env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            aim = (None, '.part', None, '.old')[len(rows) % 4]
+            aim, left = (None, '.part', None, '.old')[len(rows) % 4], _under_way(out)
             wait, soon = rng.uniform(0, longest), rng.uniform(0, 0.01)
-            def due(): return time.perf_counter() - begun > wait if aim is None else any((out / 'checkpoints').glob(f'step-*{aim}'))
+            def due(): return time.perf_counter() - begun > wait if aim is None else any(ending == aim for ending, *_ in _under_way(out) - left)
             while p.poll() is None and not due(): time.sleep(0.005 if aim is None else 0.0005)
             if aim is not None: time.sleep(soon)
             if p.poll() is None:
                 p.send_signal(signal.SIGKILL)
                 p.communicate()
                 found = latest(out).name if checkpoints(out) else ''
-                rows.append(dict(kill=len(rows), run=run, after=time.perf_counter() - begun, phase=_phase(out, before), step=int(found[5:] or 0), same=not found or marks(out / 'checkpoints' / found) == true[found]))
+                rows.append(dict(kill=len(rows), run=run, after=time.perf_counter() - begun, phase=_phase(out, before, left), step=int(found[5:] or 0), same=not found or marks(out / 'checkpoints' / found) == true[found]))
                 if rows[-1]['phase'] == 'before its first checkpoint': longest = min(longest * 1.5, 60.)
                 bar.update()
                 continue
