@@ -1264,6 +1264,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmearth.store.survey': ('store.html#survey', 'mmearth/store.py')},
             'mmearth.survival': { 'mmearth.survival._phase': ('survival.html#_phase', 'mmearth/survival.py'),
                                   'mmearth.survival._under_way': ('survival.html#_under_way', 'mmearth/survival.py'),
+                                  'mmearth.survival._wait': ('survival.html#_wait', 'mmearth/survival.py'),
                                   'mmearth.survival.marks': ('survival.html#marks', 'mmearth/survival.py'),
                                   'mmearth.survival.survive': ('survival.html#survive', 'mmearth/survival.py'),
                                   'mmearth.survival.timeless': ('survival.html#timeless', 'mmearth/survival.py')},

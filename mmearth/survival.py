@@ -33,7 +33,7 @@ def timeless(out:Path)->pd.DataFrame:
     "The log of a run without its clocks."
     return pd.read_csv(out / 'log.csv').drop(columns=[*CLOCK])
 
-# %% ../nbs/21b_survival.ipynb #survive
+# %% ../nbs/21b_survival.ipynb #phases
 PHASES = {'.part': 'writing a checkpoint', '.old': 'removing an old one'}  # what is there meanwhile
 
 def _under_way(out:Path)->set[tuple]: # ending, and which it is
@@ -49,6 +49,14 @@ def _phase(out:Path, before:str, left:set)->str:
     for ending, *_ in sorted(_under_way(out) - left): return PHASES[ending]
     now = latest(out).name if checkpoints(out) else ''
     return 'learning' if now != before else 'before its first checkpoint'
+
+# %% ../nbs/21b_survival.ipynb #survive
+def _wait(p:subprocess.Popen, out:Path, left:set, aim:str|None, rng:random.Random, longest:float):
+    "Waits for a random moment, or for one just behind the beginning of what is aimed at, or for the end of the process."
+    begun, wait, soon = time.perf_counter(), rng.uniform(0, longest), rng.uniform(0, 0.01)
+    def due(): return time.perf_counter() - begun > wait if aim is None else any(ending == aim for ending, *_ in _under_way(out) - left)
+    while p.poll() is None and not due(): time.sleep(0.005 if aim is None else 0.0005)
+    if aim: time.sleep(soon)
 
 def survive(recipe:Recipe, # with a `data` folder that any process can open
             store:TileSet, # the same data, opened
@@ -66,13 +74,9 @@ def survive(recipe:Recipe, # with a `data` folder that any process can open
     with tqdm(total=kills, unit='kill', desc='survival', disable=not progress) as bar:
         while len(rows) < kills:
             out = root / f'run-{run}'
-            before, begun = latest(out).name if checkpoints(out) else '', time.perf_counter()
+            before, left, begun = latest(out).name if checkpoints(out) else '', _under_way(out), time.perf_counter()
             p = subprocess.Popen([sys.executable, '-m', 'mmearth.cli', 'pretrain', str(file), str(out), '--no-progress'], env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            aim, left = (None, '.part', None, '.old')[len(rows) % 4], _under_way(out)
-            wait, soon = rng.uniform(0, longest), rng.uniform(0, 0.01)
-            def due(): return time.perf_counter() - begun > wait if aim is None else any(ending == aim for ending, *_ in _under_way(out) - left)
-            while p.poll() is None and not due(): time.sleep(0.005 if aim is None else 0.0005)
-            if aim is not None: time.sleep(soon)
+            _wait(p, out, left, (None, '.part', None, '.old')[len(rows) % 4], rng, longest)
             if p.poll() is None:
                 p.send_signal(signal.SIGKILL)
                 p.communicate()
