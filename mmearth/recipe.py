@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TASK_SETS', 'CHOICES', 'POSITIVE', 'MOST', 'RecipeError', 'Recipe', 'coerce', 'check', 'check_names',
-           'check_together', 'read_yaml', 'read_values', 'load_recipe', 'save_recipe', 'to_dict', 'recipe_hash',
-           'differences', 'updates', 'peak_lr']
+           'check_together', 'read_yaml', 'read_values', 'load_recipe', 'save_recipe', 'to_dict', 'from_notebook',
+           'recipe_hash', 'differences', 'updates', 'peak_lr']
 
 # %% ../nbs/20_recipe.ipynb #imports
-import dataclasses, difflib, hashlib, json, math, re
+import ast, dataclasses, difflib, hashlib, json, math, re
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
@@ -191,6 +191,25 @@ def save_recipe(recipe:Recipe, path:Path)->Path:
 def to_dict(recipe:Recipe)->dict:
     "Plain values: what JSON, YAML and papermill can carry."
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe).items()}
+
+# %% ../nbs/20_recipe.ipynb #from-notebook
+def _set_by(cell:str)->dict: # name -> value; empty where a cell does anything else
+    "What a cell of parameters sets."
+    try: return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cell).body}
+    except (SyntaxError, ValueError, AttributeError): return {}
+
+def from_notebook(names:dict, # `globals()` of the notebook
+                  others:tuple=('out',), # parameters that are not the recipe's
+                 )->Recipe:
+    "The recipe that the parameters of a running notebook spell; a name that is no parameter is refused."
+    fields, cells = [f.name for f in dataclasses.fields(Recipe)], [_set_by(c) for c in names.get('In', ())]
+    known = (*fields, *others)
+    begin = max((i for i, c in enumerate(cells) if c.keys() >= set(known)), default=0)
+    for key in (k for c in cells[begin:] for k in c):
+        if key not in known: raise _unknown(key, known)
+    absent = [k for k in fields if k not in names]
+    if absent: raise RecipeError(f'{absent[0]}: the notebook does not set it; run its cell of parameters')
+    return Recipe(**{k: names[k] for k in fields})
 
 # %% ../nbs/20_recipe.ipynb #recipe-hash
 def recipe_hash(recipe:Recipe)->str: # 10 hex digits
