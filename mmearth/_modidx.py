@@ -1005,6 +1005,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmearth.recipe.differences': ('recipe.html#differences', 'mmearth/recipe.py'),
                                 'mmearth.recipe.from_notebook': ('recipe.html#from_notebook', 'mmearth/recipe.py'),
                                 'mmearth.recipe.load_recipe': ('recipe.html#load_recipe', 'mmearth/recipe.py'),
+                                'mmearth.recipe.outline': ('recipe.html#outline', 'mmearth/recipe.py'),
                                 'mmearth.recipe.peak_lr': ('recipe.html#peak_lr', 'mmearth/recipe.py'),
                                 'mmearth.recipe.read_values': ('recipe.html#read_values', 'mmearth/recipe.py'),
                                 'mmearth.recipe.read_yaml': ('recipe.html#read_yaml', 'mmearth/recipe.py'),

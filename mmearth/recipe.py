@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASK_SETS', 'CHOICES', 'POSITIVE', 'MOST', 'RecipeError', 'Recipe', 'coerce', 'check', 'check_names',
            'check_together', 'read_yaml', 'read_values', 'load_recipe', 'save_recipe', 'to_dict', 'from_notebook',
-           'recipe_hash', 'differences', 'updates', 'peak_lr']
+           'recipe_hash', 'differences', 'updates', 'peak_lr', 'outline']
 
 # %% ../nbs/20_recipe.ipynb #imports
 import ast, dataclasses, difflib, hashlib, json, math, re
@@ -228,3 +228,11 @@ def updates(recipe:Recipe, n:int)->int:
 def peak_lr(recipe:Recipe)->float:
     "Peak learning rate: blr times effective batch over 256."
     return recipe.blr * recipe.batch * recipe.accumulate / 256
+
+# %% ../nbs/20_recipe.ipynb #outline
+def outline(recipe:Recipe, n:int|None=None, # tiles that an epoch has, where known
+           )->dict:
+    "What tells one recipe from another, in a line."
+    r, sets = recipe, {v: k for k, v in TASK_SETS.items()}
+    return dict(input=f'{len(r.bands)} bands' if len(r.bands) > 3 else ' '.join(r.bands), targets=sets.get(r.tasks, f'{len(r.tasks)} tasks'), size=r.size, data=r.data,
+        crop_patch=f'{r.crop}/{r.patch}', balance=r.balance, effective_batch=r.batch * r.accumulate, epochs=r.epochs, updates=updates(r, n) if n else None)
