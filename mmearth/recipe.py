@@ -85,9 +85,8 @@ def coerce(name:str, value, default):
         if isinstance(value, str): value = (value,)
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value): raise RecipeError(f'{name}: a list of names is needed, not {value!r}')
         return tuple(t for v in value for t in TASK_SETS.get(v, (v,))) if name == 'tasks' else tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        try: return float(value)
-        except OverflowError as e: raise RecipeError(f'{name}: the number is too large') from e
+    if isinstance(value, int) and abs(value) > 1e30: raise RecipeError(f'{name}: the number is too large')
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool): return float(value)
     if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?', value.strip()):
         raise RecipeError(f'{name}: float is needed, not the text {value!r}; write {float(value):g}, without quotes')
     if type(value) is not type(default): raise RecipeError(f'{name}: {type(default).__name__} is needed, not {value!r} ({type(value).__name__})')
@@ -112,7 +111,7 @@ def check(values:dict)->dict: # the same, coerced
     for key in ('epochs', 'warmup_epochs', 'blr', 'min_lr', 'weight_decay', 'clip', 'seed'):
         if key in values and not 0 <= values[key] < math.inf: raise RecipeError(f'{key}: must be a number that is not negative, is {values[key]}')
     for key, most in MOST.items():
-        if key in values and values[key] > most: raise RecipeError(f'{key}: must be at most {most:,.10g}' + f', not {values[key]}' * (values[key] < 1e30))
+        if key in values and values[key] > most: raise RecipeError(f'{key}: must be at most {most:,.10g}, not {values[key]}')
     for key in ('beta1', 'beta2', 'ema'):
         if key in values and not 0 <= values[key] < 1: raise RecipeError(f'{key}: must lie in [0, 1), not {values[key]}')
     if 'device' in values and not re.fullmatch(r'auto|cpu|mps|cuda(:\d+)?', values['device']): raise RecipeError(f'device: {values["device"]!r} is not one of auto, cpu, cuda, mps')
@@ -145,7 +144,7 @@ def check_together(values:dict): # of every key
     "Schedule and decay must not contradict the learning rate."
     peak, epochs, warmup = values['blr'] * values['batch'] * values['accumulate'] / 256, values['epochs'], values['warmup_epochs']
     origin = f'blr {values["blr"]:g} x batch {values["batch"]} x accumulate {values["accumulate"]} / 256'
-    if epochs and warmup > epochs: raise RecipeError(f'warmup_epochs: {warmup:g} is more than the {epochs:g} epochs of the run; a fifth of them is published')
+    if epochs and warmup > epochs: raise RecipeError(f'warmup_epochs: {warmup:g} is more than the {epochs:g} epochs of the run; lower it with them (published: a fifth of the epochs)')
     if values['min_lr'] > peak: raise RecipeError(f'min_lr: {values["min_lr"]:g} is above the peak learning rate {peak:g} ({origin}), so it would rise to the end; lower it')
     if peak * values['weight_decay'] >= 1: raise RecipeError(f'weight_decay: {values["weight_decay"]:g} at the peak learning rate {peak:g} ({origin}) takes away whole weights in one update; lower one of them')
 
