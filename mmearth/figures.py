@@ -190,7 +190,8 @@ def losses(log:pd.DataFrame, # rows of log.csv: step, loss, a column for each ta
         for i, t in enumerate(weighed): last.plot(log.step, log[f's_{t}'], color=family(t).colour, lw=1.1, ls='--' if family(t) in map(family, weighed[:i]) else '-')
         last.set_title('Log-variances s', fontsize=8, pad=5)
         last.set_ylabel('s; a task weighs exp(-s)', fontsize=6.5, labelpad=2)
-    note = f'Each point: the mean of some {np.median(np.diff(log.step, prepend=0)):.0f} updates' + (f' of {log.samples.iloc[-1] / log.step.iloc[-1]:,.0f} tiles' if 'samples' in log else '') + '; a short first or last interval is joined to its neighbour.'
+    n = round(np.median(np.diff(log.step, prepend=0)))
+    note = ('Each point: one update' if n == 1 else f'Each point: the mean of some {n} updates') + (f' of {log.samples.iloc[-1] / log.step.iloc[-1]:,.0f} tiles' if 'samples' in log else '') + '; a short first or last interval is joined to its neighbour.'
     fig.supxlabel(note, fontsize=7, color='#505050', x=0.02, ha='left')
     fig.canvas.draw()
     if weighed: _name_ends(last, {plain(t): (log[f's_{t}'].iloc[-1], family(t).colour) for t in weighed})

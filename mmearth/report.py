@@ -158,8 +158,9 @@ def find_recipe(name:str|Path, # YAML file, relative to here or to the repositor
     folder = repo_root() / 'nbs' / 'runs' / _FOLDERS.get(notebook, 'none')
     for path in (repo_root() / name, folder / f'{name}.yaml', folder / name):
         if path.is_file(): return path
-    known = ', '.join(sorted(p.stem for p in folder.glob('*.yaml')))
-    raise FileNotFoundError(f'no recipe {name}: no such file; give a YAML file' + f', or one of ours by its name: {known}' * bool(known))
+    known = sorted(p.stem for p in folder.glob('*.yaml'))
+    near = difflib.get_close_matches(Path(name).stem, known, 1)
+    raise FileNotFoundError(f'no recipe {name}: no such file; give a YAML file' + f', or one of ours by its name: {", ".join(known)}' * bool(known) + ''.join(f'; did you mean {n!r}?' for n in near))
 
 def _recipe_values(recipe:str|Path|None, allowed:dict, notebook:str='pretrain')->tuple[dict, Path|None]:
     "Parameters from a recipe: its path if the notebook declares `recipe`, else the keys of the file."
