@@ -35,8 +35,8 @@ app = typer.Typer(name='mmearth', cls=Front, no_args_is_help=True, add_completio
     help='MMEarth: twelve aligned views of 1.2 million places. Fetch them, check them, divide them, pack them for training, run the notebooks.')
 
 def main():
-    "The command `mmearth`. A pretraining that is stopped before its first update ends like one that is stopped later."
-    if sys.argv[1:2] == ['pretrain']: signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    "The command `mmearth`. A run that is stopped before it has begun ends like one that is stopped later."
+    if sys.argv[1:2] in (['pretrain'], ['run']): signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     app(prog_name='mmearth')
 
 # %% ../nbs/59_cli.ipynb #words

@@ -75,9 +75,11 @@ def execute(source:Path, # notebook with a cell of parameters
     for stale in (half, whole, folder / 'metrics.json'): stale.unlink(missing_ok=True)
     logging.getLogger('papermill').setLevel(logging.ERROR)
     def tell():
+        if not started: raise Stopped(f'{folder.name}: stopped by a signal before its kernel had started; the same command begins anew')
         for kernel in started: os.kill(kernel.provisioner.pid, signal.SIGINT)
     try:
         with signals(tell) as came: papermill.execute_notebook(source, half, params, kernel_name='python3', cwd=source.parent, progress_bar=not quiet, extra_arguments=['--log-level=CRITICAL'], kernel_manager_class=_kernels(started))
+    except Stopped: raise
     except Exception as error:
         if half.is_file(): write_file(half, tidy(half))
         kept = f'; what was computed up to the last checkpoint is in {folder.name}/checkpoints, and the same command goes on from there' if any(folder.glob('checkpoints/step-*')) else ''
