@@ -86,14 +86,14 @@ def find_encoder(name:str, # see above
     kind, _, rest = name.partition('-')
     size, _, file = rest.partition(':')
     if name in ('image_statistics', 'random_filters'): return None
+    folder = Path(root) / name
+    if name and folder.is_dir(): return folder
     if kind in ('untrained', 'imagenet'):
         if size not in SIZES or bool(file) != (kind == 'imagenet'): raise ValueError(f'{name}: {kind}-SIZE{":FILE" * (kind == "imagenet")} is needed, with a size of {", ".join(SIZES)}')
         return None
-    folder = Path(root) / name
     if folder.is_file(): raise ValueError(f'{name!r}: a file, and a folder is wanted; `mmearth convert FILE FOLDER` makes one of a checkpoint of the authors')
-    near = get_close_matches(name, ['image_statistics', 'random_filters', *(p.parent.relative_to(root).as_posix() for p in Path(root).glob('*runs/*/checkpoints'))], 1)
-    if not name or not folder.is_dir(): raise FileNotFoundError(f'{name!r}: no such run or checkpoint; give {ENCODER_WORDS}' + ''.join(f'; the nearest is {n!r}' for n in near))
-    return folder
+    near = get_close_matches(name, ['image_statistics', 'random_filters', *(p.parent.relative_to(root).as_posix() for base in ('runs', 'reports/runs') for inner in ('checkpoints', 'contract.json') for p in Path(root).glob(f'{base}/*/{inner}'))], 1)
+    raise FileNotFoundError(f'{name!r}: no such run or checkpoint; give {ENCODER_WORDS}' + ''.join(f'; the nearest is {n!r}' for n in near))
 
 def open_encoder(name:str, # see above; folders relative to `root`
                  images:Store|Planes, # with the training images, for what is made of them

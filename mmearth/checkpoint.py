@@ -7,7 +7,7 @@ __all__ = ['checkpoints', 'latest', 'prune', 'newest', 'moments', 'restore_momen
 
 # %% ../nbs/20c_checkpoint.ipynb #imports
 import re, shutil, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -41,15 +41,21 @@ def prune(out:Path, # folder of a run
 
 # %% ../nbs/20c_checkpoint.ipynb #newest
 def _chosen(out:Path)->tuple[str, str]|None: # name and hash of the weights
-    "The newest whole checkpoint; damaged ones are set aside."
-    for folder in reversed(found := checkpoints(out)):
-        try: return folder.name, check_files(folder).sha256
-        except Damaged as e:
-            aside = folder.with_suffix('.damaged')
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            tqdm.write(f'{e}\n{out.name}: set aside as {aside.name}; the one before it is taken', file=sys.stderr)
-    if found: raise WeightsError(f'{out.name}: none of its checkpoints is whole; copy one back into {out / "checkpoints"}, or remove that folder to begin anew')
+    "The newest whole checkpoint; newer ones, which are damaged, are set aside."
+    damaged = {}
+    for folder in reversed(checkpoints(out)):
+        try: chosen = folder.name, check_files(folder).sha256
+        except Damaged as e: damaged[folder] = e
+        else: break
+    else:
+        if damaged: raise WeightsError(f'{out.name}: none of its checkpoints is whole ({"; ".join(map(str, damaged.values()))}). Copy one back into {out / "checkpoints"}, or remove that folder to begin anew')
+        return None
+    for folder, e in damaged.items():
+        aside = folder.with_suffix('.damaged')
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        tqdm.write(f'{e}\n{out.name}: set aside as {aside.name}; {chosen[0]} is taken', file=sys.stderr)
+    return chosen
 
 def newest(out:Path, # folder of a run
            device:torch.device|str='cpu', # of this process
@@ -79,15 +85,17 @@ def restore_moments(model:MPMAE, optimiser:torch.optim.Optimizer, tensors:dict[s
 
 # %% ../nbs/20c_checkpoint.ipynb #alone
 @contextmanager
-def alone(out:Path): # folder of a run
+def alone(out:Path, # folder of a run
+          name:str='.lock', # of the file that is held
+         ):
     "Holds the folder for this run, which may have several processes."
     if ranks()[0]:
         yield
         return
-    lock = FileLock(Path(out) / '.lock')
+    lock = FileLock(Path(out) / name)
     try: lock.acquire(timeout=0)
-    except Timeout: raise BlockingIOError(f'{out}: another process trains in this folder; wait until it is done, or choose another') from None
+    except Timeout: raise BlockingIOError(f'{out}: another process is at work in this folder; wait until it is done, or choose another') from None
     try: yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError): Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

@@ -36,7 +36,7 @@ app = typer.Typer(name='mmearth', cls=Front, no_args_is_help=True, add_completio
 
 def main():
     "The command `mmearth`. A run that is stopped before it has begun ends like one that is stopped later."
-    if sys.argv[1:2] in (['pretrain'], ['run']): signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    if sys.argv[1:2] in (['pretrain'], ['run'], ['experiment']): signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     app(prog_name='mmearth')
 
 # %% ../nbs/59_cli.ipynb #words

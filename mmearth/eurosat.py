@@ -72,9 +72,9 @@ def _as_stored(name:str, block)->np.ndarray:
     "Numbers in the type that the modality is stored in; refuses what that type cannot hold."
     x, dtype = np.asarray(block), np.dtype(modality(name).dtype)
     if x.dtype == dtype: return x
-    kept = x.astype(dtype)
-    if dtype.kind != 'f' and not (kept == x).all():
-        raise ValueError(f'{name}: {x.dtype} numbers from {np.nanmin(x):g} to {np.nanmax(x):g}, which {dtype} cannot hold; {"give reflectance x 10000, rounded" if name == "sentinel2" else f"give {modality(name).unit or dtype} as whole numbers"}')
+    with np.errstate(invalid='ignore', over='ignore'): kept = x.astype(dtype)
+    if not (np.isfinite(kept) == np.isfinite(x)).all() if dtype.kind == 'f' else not (kept == x).all():
+        raise ValueError(f'{name}: {x.dtype} numbers from {np.nanmin(x):g} to {np.nanmax(x):g}{", some of them NaN" * bool(np.isnan(x).any())}, which {dtype} cannot hold; {"give reflectance x 10000, rounded" if name == "sentinel2" else f"give {modality(name).unit or dtype} as whole numbers"}')
     return kept
 
 def _write_arrays(path:Path, arrays:dict, bands:dict, tile_ids:list[str], level:str, compression:str|None, progress:bool, block:int=256):

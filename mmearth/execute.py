@@ -7,6 +7,7 @@ __all__ = ['write_file', 'tidy', 'RunError', 'execute']
 
 # %% ../nbs/39_execute.ipynb #imports
 import json, logging, os, re, signal, sys
+from contextlib import suppress
 from pathlib import Path
 from .named import repo_root
 from .together import Stopped, signals
@@ -76,14 +77,15 @@ def execute(source:Path, # notebook with a cell of parameters
     logging.getLogger('papermill').setLevel(logging.ERROR)
     def tell():
         if not started: raise Stopped(f'{folder.name}: stopped by a signal before its kernel had started; the same command begins anew')
-        for kernel in started: os.kill(kernel.provisioner.pid, signal.SIGINT)
+        for kernel in started:
+            with suppress(ProcessLookupError): os.kill(kernel.provisioner.pid, signal.SIGTERM)
     try:
         with signals(tell) as came: papermill.execute_notebook(source, half, params, kernel_name='python3', cwd=source.parent, progress_bar=not quiet, extra_arguments=['--log-level=CRITICAL'], kernel_manager_class=_kernels(started))
     except Stopped: raise
     except Exception as error:
         if half.is_file(): write_file(half, tidy(half))
         kept = f'; what was computed up to the last checkpoint is in {folder.name}/checkpoints, and the same command goes on from there' if any(folder.glob('checkpoints/step-*')) else ''
-        if came and getattr(error, 'ename', '') in ('Stopped', 'KeyboardInterrupt'): raise Stopped(f'{folder.name}: stopped by a signal{kept or "; the same command begins anew"}') from None
+        if came and getattr(error, 'ename', 'Stopped') == 'Stopped': raise Stopped(f'{folder.name}: stopped by a signal{kept or "; the same command begins anew"}') from None
         reason = f'cell {error.cell_index}: {error.ename}: {error.evalue}' if isinstance(error, papermill.PapermillExecutionError) else f'{type(error).__name__}: {error}'
         raise RunError(f'{folder.name}: {source.name} failed in {reason}; see {half.name} in its folder{kept * (type(error).__name__ == "DeadKernelError")}') from None
     write_file(whole, tidy(half))

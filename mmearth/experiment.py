@@ -7,8 +7,9 @@ __all__ = ['FLOORS', 'Experiment', 'load_experiment', 'finished', 'job', 'floor_
            'experiment', 'main']
 
 # %% ../nbs/42_experiment.ipynb #imports
-import argparse, dataclasses, json, multiprocessing, os, re, sys, time
+import argparse, dataclasses, json, multiprocessing, os, re, signal, sys, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -19,7 +20,7 @@ from .index import in_words
 from .named import open_data, repo_root
 from .recipe import Recipe, RecipeError, check, differences, read_values, to_dict
 from .report import declared, index, load_runs, run_notebook
-from .together import Stopped
+from .together import Stopped, signals
 from .weights import read_contract
 
 # %% ../nbs/42_experiment.ipynb #experiment-class
@@ -122,7 +123,10 @@ def run_jobs(e:Experiment, runs:str, jobs:int, probed:bool=True):
     todo:dict = {key: e.recipe(*key) for key in arms}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
-    with pool, tqdm(total=len(todo) + len(floors), unit='job', desc=e.name, bar_format='{l_bar}{bar}| {n:.1f}/{total} jobs [{elapsed}<{remaining}]') as bar:
+    def tell():
+        for worker in multiprocessing.active_children():
+            with suppress(ProcessLookupError): os.kill(worker.pid, signal.SIGTERM)
+    with signals(tell) as came, pool, tqdm(total=len(todo) + len(floors), unit='job', desc=e.name, bar_format='{l_bar}{bar}| {n:.1f}/{total} jobs [{elapsed}<{remaining}]') as bar:
         pending = {pool.submit(job, e, *key, runs, threads, probed): key for key in todo}
         for floor in floors: pending[pool.submit(floor_job, e, floor, runs)] = None
         while pending:
@@ -130,7 +134,10 @@ def run_jobs(e:Experiment, runs:str, jobs:int, probed:bool=True):
             for future in done:
                 del pending[future]
                 try: future.result()
-                except BaseException: pool.shutdown(cancel_futures=True); raise
+                except BaseException as error:
+                    pool.shutdown(cancel_futures=True)
+                    raise Stopped(f'{e.name}: stopped by a signal; the same command goes on') if came else error
+            if came: pool.shutdown(wait=False, cancel_futures=True)
             under_way = sum(share_done(repo_root() / runs / e.run_id(*key), todo[key], n) for f, key in pending.items() if key and f.running())
             bar.n = bar.total - len(pending) + 0.9 * min(under_way, len(pending))
             bar.refresh()

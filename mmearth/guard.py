@@ -52,9 +52,9 @@ def diverged(step:int, # update
     bad, n = [b for found, _ in gathered for b in found], sum(n for _, n in gathered)
     tasks = [t for t in model.tasks if any(t in b[1] for b in bad)]
     what = f'the loss of {", ".join(tasks)}' if tasks else 'the gradient'
-    if 0 < len(bad) < n:
+    if 0 < len(bad) < n or n == len(bad) == 1:
         said = f'on {len(bad)} of {n} tiles: ' + ', '.join(f'{tile} ({largest})' for tile, _, largest in bad[:16]) + ' ...' * (len(bad) > 16)
-        remedy = 'Look at them (`mmearth show`), mend them or pack the store without them (`mmearth pack --rows`), and begin in another folder'
+        remedy = 'Look at them (`mmearth show`), mend them or pack the store without them (`mmearth pack --rows`), and begin in another folder' + '; if nothing is wrong with it, lower blr' * (n == 1)
     else:
         said = f'on all {n} tiles' if bad else f'on its {n} tiles together, though on none alone'
         remedy = 'Not the tiles but the weights are at fault: lower blr, lengthen the warm-up or set clip, and begin in another folder'

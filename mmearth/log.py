@@ -22,7 +22,7 @@ def read_log(path:Path)->pd.DataFrame: # one row a line
     missing = {'step', *CLOCK} - set(rows)
     if missing: raise ValueError(f'{path} is no log of a run: its first line lacks {", ".join(sorted(missing))}; remove it, a run that goes on begins a new one')
     whole = rows[CLOCK[-1]].notna()
-    return rows if whole.all() else rows[whole].reset_index(drop=True).infer_objects()
+    return rows if whole.all() else rows[whole].reset_index(drop=True).apply(pd.to_numeric)
 
 # %% ../nbs/20d_log.ipynb #log
 class Log:
@@ -38,7 +38,7 @@ class Log:
             self.file.flush()
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError: self.board = None
-        else: self.board = SummaryWriter(Path(out) / 'tensorboard', purge_step=start)
+        else: self.board = SummaryWriter(Path(out) / 'tensorboard', purge_step=start + (start > 0))
 
     def _cut(self, start:int)->pd.DataFrame|None:
         "Leaves the rows up to an update."

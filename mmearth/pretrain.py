@@ -34,7 +34,7 @@ from .mpmae import MPMAE, reconstruct
 from .recipe import Recipe, RecipeError, differences, peak_lr, recipe_hash, to_dict, updates
 from .store import LEVELS, StoreError, TileSet
 from .together import Stopped, anywhere, ranks, signals
-from .weights import Contract, load_into, read_contract, save_weights
+from .weights import Contract, WeightsError, load_into, read_contract, save_weights
 
 # %% ../nbs/21_pretrain.ipynb #schedule
 def learning_rate(step:int, # update, from 0
@@ -211,6 +211,7 @@ def resume(trainer:Trainer)->int: # updates already done
     "Loads the newest checkpoint of the run's folder, if there is one."
     if (folder := newest(trainer.out, trainer.device)) is None: return 0
     contract = read_contract(folder)
+    if not contract.pretext: raise WeightsError(f'{folder}: the encoder alone, from which a run cannot go on; begin in another folder')
     begun, now = ({k: v for k, v in recipe.items() if k not in _FREE} for recipe in (to_dict(Recipe()) | contract.recipe, to_dict(trainer.recipe)))
     other = differences(begun, now) + differences(contract.data, trainer.contract.data)
     if other: raise RecipeError(f'{trainer.out.name} holds a run of another recipe ({"; ".join(other)}); choose another folder or remove it')
@@ -271,7 +272,7 @@ def _loop(trainer:Trainer, came:list, until:int|None, progress:bool)->Run:
     "The updates that are left."
     r, out, first = trainer.recipe, trainer.out, trainer.rank == 0
     done, each = resume(trainer), r.batch * r.accumulate
-    if first and progress and (done or (out / 'log.csv').exists()): tqdm.write(f'{out.name}: ' + (f'goes on behind update {done} of {trainer.total}' if done else 'no checkpoint there, begins anew'), file=sys.stderr)
+    if first and progress and (done or (out / 'log.csv').exists()) and done < trainer.total: tqdm.write(f'{out.name}: ' + (f'goes on behind update {done} of {trainer.total}' if done else 'no checkpoint there, begins anew'), file=sys.stderr)
     if first: prune(out, r.keep)
     log = Log(out, tuple(trainer.model.tasks), done) if first else None
     begun, since, idle, spent = time.perf_counter(), done, 0., 0.

@@ -204,7 +204,7 @@ def from_notebook(names:dict, # `globals()` of the notebook
     fields, cells = [f.name for f in dataclasses.fields(Recipe)], [_set_by(c) for c in names.get('In', ())]
     known = (*fields, *others)
     begin = max((i for i, c in enumerate(cells) if c.keys() >= set(known)), default=0)
-    for key in (k for c in cells[begin:] for k in c):
+    for key in (k for c in cells[begin:begin + 2] for k in c):  # the cell of parameters, and the one that papermill puts behind it
         if key not in known: raise _unknown(key, known)
     absent = [k for k in fields if k not in names]
     if absent: raise RecipeError(f'{absent[0]}: the notebook does not set it; run its cell of parameters')

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from .convnext import SIZES
-from .modalities import modality
+from .modalities import TASKS, modality
 from .mpmae import MPMAE
 from .store import LEVELS
 from .weights import Contract, WeightsError, file_hash, plain, save_weights
@@ -86,7 +86,9 @@ def architecture(given:dict[str, Tensor], # our names and axes
         if planes * (patch * patch if m.level == 'pixel' else 1) != rows or planes != m.outputs and not (name == 'sentinel2' and planes in _INPUTS):
             raise WeightsError(f'pred_dict.{name}: {rows} numbers; a patch of {patch} pixels and {m.outputs} outputs are expected')
         return _INPUTS[planes] if name == 'sentinel2' else m.train_bands
-    tasks = {k.split('.')[1]: bands(k.split('.')[1], len(v)) for k, v in given.items() if k.startswith('heads.') and k.endswith('.bias')}
+    heads = {k.split('.')[1]: len(v) for k, v in given.items() if k.startswith('heads.') and k.endswith('.bias')}
+    tasks = {t: bands(t, heads[t]) for t in sorted(heads, key=lambda t: TASKS.index(t) if t in TASKS else len(TASKS))}
+    if not tasks or 'decoder.0.norm.weight' not in given: raise WeightsError('no pred_dict or no decoder_dict is in it')
     pretext = dict(tasks=tasks, decoder_width=given['mask_token'].numel(), decoder_depth=len({k.split('.')[1] for k in given if k.startswith('decoder.')}),
         balance='uncertainty' if 'balance.log_vars' in given else 'sum')
     return dict(size=size, bands=_INPUTS[n], patch=patch, stem='original' if original else 'mmearth'), pretext

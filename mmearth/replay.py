@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from .named import repo_root
 from .report import declared, environment, load_runs, run_notebook
+from .together import Stopped
 
 # %% ../nbs/40a_replay.ipynb #compare
 CLOCKED = re.compile(r'(^|[._ ])(seconds?|per_s(econd)?|waited|minutes?|hours?|overhead|memory|took)([._ ]|$)')  # words in the name of a value: it differs between any two runs
@@ -61,7 +62,8 @@ def replay(run_id:str, # a kept run
     if lost: raise ValueError(f'{run_id}: {source.name} no longer has the parameters {", ".join(lost)}; check out commit {str(kept["env"].get("commit"))[:10]} to replay it')
     params = {k: v for k, v in kept['params'].items() if k != 'out'}
     with tempfile.TemporaryDirectory(dir=repo_root(), prefix='.replay-') as folder:
-        again = run_notebook(source.stem, run_id, runs=into or folder, quiet=quiet, **params)
+        try: again = run_notebook(source.stem, run_id, runs=into or folder, quiet=quiet, **params)
+        except Stopped as e: raise Stopped(str(e) if into else f'{run_id}: stopped by a signal; a second run that is thrown away begins anew') from None
         compared = compare_runs(kept['path'], again)
     now = environment()
     other = {k: (kept['env'].get(k), v) for k, v in now.items() if kept['env'].get(k) != v}

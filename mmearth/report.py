@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from yaml import YAMLError
+from .checkpoint import alone
 from .execute import RunError, execute, write_file
 from .index import in_words
 from .named import find_data, repo_root
@@ -198,9 +199,10 @@ def run_notebook(name:str, # nbs/runs/<name>.ipynb
         raise ValueError(f'{Path(runs).as_posix()}/{run_id} is kept with other parameters ({"; ".join(differences(kept, whole))}); choose another run_id or remove its folder')
     _is_there(whole, allowed)
     keep = Keep(folder)
-    keep.json('params', whole)
-    start = time.perf_counter()
-    execute(source, keep.path, given, quiet)
+    with alone(folder, '.run.lock'):
+        keep.json('params', whole)
+        start = time.perf_counter()
+        execute(source, keep.path, given, quiet)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == 'linux' else 1024 ** 2)
     keep.json('env', dict(environment(), notebook=name, notebook_hash=file_hash(source), recipe=recipe and recipe.name,
                           recipe_hash=recipe and file_hash(recipe), seconds=round(time.perf_counter() - start, 2), peak_memory_mb=round(peak)))

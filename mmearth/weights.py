@@ -9,7 +9,7 @@ __all__ = ['UNITS', 'WeightsError', 'Damaged', 'Contract', 'plain', 'file_hash',
 # %% ../nbs/16_weights.ipynb #imports
 import hashlib, json, math, os, shutil
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -62,7 +62,7 @@ def plain(value):
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, range)): return [plain(v) for v in (sorted(value) if isinstance(value, set) else value)]
     if isinstance(value, float): return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, PurePath) else value
 
 def file_hash(path:str|Path, # any file
              )->str: # 64 hexadecimal digits
@@ -99,9 +99,8 @@ def save_weights(folder:Path, # final place; must not exist yet
         for f in part.iterdir(): _to_disk(f)
         part.rename(folder)
         _to_disk(folder.parent)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise WeightsError(f'{folder} could not be written ({e}); make room on the disk, what was there before is untouched') from e
+    except (OSError, SafetensorError) as e: raise WeightsError(f'{folder} could not be written ({e}); make room on the disk, what was there before is untouched') from e
+    finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
 # %% ../nbs/16_weights.ipynb #read-contract
@@ -112,6 +111,7 @@ def read_contract(folder:Path)->Contract:
         if not f.exists(): raise Damaged(f'{f} is missing; a checkpoint folder holds contract.json and model.safetensors')
     try: d = json.loads(path.read_text())
     except ValueError as e: raise Damaged(f'{path} is not valid JSON ({e}); copy the checkpoint again') from e
+    if not isinstance(d, dict): raise Damaged(f'{path} holds no contract; copy the checkpoint again')
     known = {f.name for f in fields(Contract)}
     for key in sorted(set(d) - known): raise WeightsError(f'{path}: unknown key {key!r}; written by a newer version of mmearth? This one knows {", ".join(sorted(known))}')
     for key in ('size', 'bands', 'patch', 'stem', 'grn_scope', 'stats', 'sha256'):

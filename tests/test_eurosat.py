@@ -227,4 +227,5 @@ def test_whole_numbers_of_any_type_are_stored(dtype, tmp_path):
     assert read.dtype == 'uint16' and np.array_equal(read, pixels)
     for bad in (pixels - 9000, pixels * 100, pixels / 10_000):
         with pytest.raises(ValueError, match='sentinel2: .* which uint16 cannot hold; give reflectance x 10000, rounded'): write_labelled_store(tmp_path / 'y', 'y_v1_8', dict(sentinel2=bad), **args)
+    with pytest.raises(ValueError, match='some of them NaN'): write_labelled_store(tmp_path / 'y', 'y_v1_8', dict(sentinel2=np.where(pixels == pixels[0, 0, 0, 0], np.nan, pixels)), **args)
     assert not (tmp_path / 'y').exists()

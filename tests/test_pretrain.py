@@ -27,7 +27,7 @@ from mmearth.recipe import Recipe, RecipeError, load_recipe, save_recipe
 from mmearth.store import Store, StoreError
 from mmearth.synthetic import write_store
 from mmearth.together import Stopped
-from mmearth.weights import WeightsError, load_encoder, load_model
+from mmearth.weights import WeightsError, encoder_alone, load_encoder, load_model
 
 SMOKE = repo_root() / 'nbs' / 'runs' / 'recipes' / 'smoke.yaml'
 
@@ -397,11 +397,19 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(stopped, tmp_path):
     recipe, store, _, parts = stopped
     shutil.copytree(parts, tmp_path / 'run')
     for c in checkpoints(tmp_path / 'run'): spoil(c / 'optimiser.safetensors', 'flipped')
-    with pytest.raises(WeightsError, match='none of its checkpoints is whole'): pretrain(recipe, store, tmp_path / 'run', progress=False)
-    assert len(list((tmp_path / 'run' / 'checkpoints').glob('*.damaged'))) == 2
+    log = (tmp_path / 'run' / 'log.csv').read_text()
+    for again in range(2):
+        with pytest.raises(WeightsError, match='none of its checkpoints is whole .*optimiser.safetensors'): pretrain(recipe, store, tmp_path / 'run', progress=False)
+    assert len(checkpoints(tmp_path / 'run')) == 2 and (tmp_path / 'run' / 'log.csv').read_text() == log
 
 
-@pytest.mark.parametrize('text,lost', [(b'6', 0), (b'step,sam', 4), (b'', 4), (b'\xff\xfe\x00rubbish', 4), (b'step,waited\n"', 4)])
+def test_an_encoder_that_travelled_alone_is_not_gone_on_with(stopped, tmp_path):
+    recipe, store, _, parts = stopped
+    encoder_alone(latest(parts), tmp_path / 'run' / 'checkpoints' / 'step-00000004')
+    with pytest.raises(WeightsError, match='the encoder alone'): pretrain(recipe, store, tmp_path / 'run', progress=False)
+
+
+@pytest.mark.parametrize('text,lost', [(b'6', 0), (b'6,24,1.5e-', 0), (b'step,sam', 4), (b'', 4), (b'\xff\xfe\x00rubbish', 4), (b'step,waited\n"', 4)])
 def test_a_damaged_log_does_not_stop_a_run(text, lost, stopped, tmp_path):
     recipe, store, whole, parts = stopped
     shutil.copytree(parts, tmp_path / 'run')
@@ -426,7 +434,7 @@ def test_two_runs_in_one_folder(stopped, tmp_path):
     path = save_recipe(recipe, tmp_path / 'r.yaml')
     with alone(tmp_path / 'run'):
         done = subprocess.run([sys.executable, '-c', KILLED, path, store.root, tmp_path / 'run'], capture_output=True, text=True)
-    assert done.returncode and 'another process trains in this folder' in done.stderr, done.stderr[-500:]
+    assert done.returncode and 'another process is at work in this folder' in done.stderr, done.stderr[-500:]
     assert [c.name for c in checkpoints(tmp_path / 'run')] == ['step-00000002', 'step-00000004']
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mmearth.benchmark import open_encoder
@@ -179,6 +180,21 @@ def test_statistics_of_a_store_and_a_word_for_an_encoder(tmp_path):
     with pytest.raises(ValueError, match='mmearth convert'): open_encoder(str(file), tiles)
 
 
+def test_the_order_of_a_file_does_not_matter(tmp_path):
+    "safetensors sorts its names; log_vars stays in the order of the released code."
+    state = released()
+    save_file({k: v.clone() for k, v in state.items()}, tmp_path / 'm.safetensors')
+    for tensors in (read_state(tmp_path / 'm.safetensors')[0], dict(sorted(state.items()))):
+        model = released_model(tensors)[0]
+        assert tuple(model.tasks) == TASKS and torch.equal(model.balance.log_vars, state['loss_fn.log_vars'])
+
+
+def test_a_command_line_with_paths_in_it(tmp_path):
+    file = tmp_path / 'checkpoint-199.pth'
+    torch.save(dict(model=released(), args=argparse.Namespace(data=[Path('a') / 'b', 'c'], more=dict(d=Path('e')))), file)
+    assert json.loads((convert(file, tmp_path / 'out') / 'state.json').read_text())['released'] == dict(data=['a/b', 'c'], more=dict(d='e'))
+
+
 def change(**made): return lambda state: state | made
 
 
@@ -193,6 +209,8 @@ def change(**made): return lambda state: state | made
     (change(**{'encoder.initial_conv.0.kernel': torch.ones(9, 5, 16)}), '5 input bands'),
     (change(**{'encoder.initial_conv.0.kernel': torch.ones(8, 12, 16)}), 'initial_conv'),
     (change(**{'encoder.strange.weight': torch.ones(3)}), 'encoder.strange.weight'),
+    (lambda s: {n: v for n, v in s.items() if 'decoder_dict' not in n}, 'no decoder_dict'),
+    (lambda s: {n: v for n, v in s.items() if 'pred_dict' not in n}, 'no pred_dict'),
     (change(**{'encoder.stages.0.0.pwconv1.linear.weight': torch.ones(16, 64)}), r'\(16, 64\)'),
 ])
 def test_what_does_not_fit_is_named(tmp_path, spoil, said):

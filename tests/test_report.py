@@ -228,7 +228,10 @@ def test_a_scheduler_may_end_a_run_notebook(tiny_store, tmp_path):
     p = subprocess.Popen([*words, '-p', 'epochs=2000'], stderr=subprocess.PIPE, text=True)
     log = tmp_path / 'ended' / 'log.csv'
     while p.poll() is None and not (log.exists() and log.read_text().count('\n') > 3): time.sleep(.05)
-    p.send_signal(signal.SIGTERM)
+    twice = subprocess.run([*words, '-p', 'epochs=2000', '-p', 'seed=7'], capture_output=True, text=True)
+    assert twice.returncode == 1 and 'another process is at work in this folder' in twice.stderr, twice.stderr[-500:]
+    assert json.loads((tmp_path / 'ended' / 'params.json').read_text())['seed'] == 0
+    for signalled in range(2): p.send_signal(signal.SIGTERM)
     said = p.communicate(timeout=90)[1]
     kept = list((tmp_path / 'ended' / 'checkpoints').iterdir())
     assert p.returncode == 75 and 'the same command goes on from there' in said and len(kept) == 1, said[-500:]
