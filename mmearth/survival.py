@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from .checkpoint import checkpoints, latest
-from .log import CLOCK
+from .log import CLOCK, read_log
 from .pretrain import pretrain
 from .recipe import Recipe, save_recipe
 from .store import TileSet
@@ -31,7 +31,7 @@ def marks(checkpoint:Path)->tuple[str, ...]:
 
 def timeless(out:Path)->pd.DataFrame:
     "The log of a run without its clocks."
-    return pd.read_csv(out / 'log.csv').drop(columns=[*CLOCK])
+    return read_log(out / 'log.csv').drop(columns=[*CLOCK])
 
 # %% ../nbs/21b_survival.ipynb #phases
 PHASES = {'.part': 'writing a checkpoint', '.old': 'removing an old one'}  # what is there meanwhile
