@@ -188,13 +188,12 @@ def synthetic(root:Annotated[Path, typer.Argument(metavar='DIR', help='folder to
 @app.command()
 def inspect(root:_Dir, stem:_Stem=None, rows:_Rows=None, workers:_Workers=0, scheduler:_Scheduler=None,
             labelled:Annotated[Path, typer.Option(help='CSV of labelled places (lat, lon, or west, south, east, north), to look for overlap', show_default=False)]=None,
-            out:Annotated[Path, typer.Option(help='folder for inspect.json and inspect.md; without it, the page is shown', show_default=False)]=None, progress:_Progress=True):
+            out:Annotated[Path, typer.Option(help='folder for inspect.json and inspect.md; without it, a short page is shown', show_default=False)]=None, progress:_Progress=True):
     "Report what a store holds. Histograms, no-data, duplicates, known defects, overlap with labelled places."
     inspecting = import_module('mmearth.inspect')
     places = inspecting.read_places(labelled) if labelled else None
     report = inspecting.inspect(_open(root, stem), rows=numbers(rows), workers=workers, scheduler=scheduler, labelled=places, progress=progress)
-    if out: return typer.echo(inspecting.write_report(report, out))
-    with import_module('tempfile').TemporaryDirectory() as tmp: typer.echo(inspecting.write_report(report, tmp).read_text(encoding='utf-8'))
+    typer.echo(inspecting.write_report(report, out) if out else inspecting.page(report, short=True) + '\n`--out FOLDER` writes the whole page, and the same as JSON.')
 
 @app.command()
 def query(root:_Dir, stem:_Stem=None, box:_Box=None, biome:_Biome=None, eco_region:_EcoRegion=None, month:_Month=None, year:_Year=None, level:_Level=None, has:_Has=None):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BINS', 'DEGREE', 'sound_rows', 'unreadable', 'tally', 'checks', 'look', 'overlaps', 'read_places', 'copies', 'places',
-           'survey', 'errata', 'inspect', 'write_report']
+           'survey', 'errata', 'inspect', 'page', 'write_report']
 
 # %% ../nbs/06b_inspect.ipynb #imports
 import csv
@@ -305,7 +305,7 @@ def _holes(nodata:dict)->list[tuple]:
             if share: lines.setdefault((k, _percent(share), _bar(share)), []).append(band)
     return [(k, ', '.join(b) if len(b) < 5 else f'{b[0]} … {b[-1]} ({len(b)})', share, bar) for (k, share, bar), b in lines.items()]
 
-# %% ../nbs/06b_inspect.ipynb #write-report
+# %% ../nbs/06b_inspect.ipynb #page
 def _shares(title:str, counts:dict, what:str, unit:str, most:int=15)->str:
     "A section with counts, the largest first, as shares of their sum."
     total, largest = sum(counts.values()), sorted(counts.items(), key=lambda kv: -kv[1])
@@ -313,32 +313,40 @@ def _shares(title:str, counts:dict, what:str, unit:str, most:int=15)->str:
     rest = f'\n{len([v for _, v in largest[most:] if v])} more not shown.\n' if any(v for _, v in largest[most:]) else ''
     return f'## {title}\n\n' + (_table([what, unit, 'share', ''], lines) + rest if lines else 'None.\n')
 
-def _errata_page(report:dict)->str:
+def _errata_page(report:dict, short:bool)->str:
     "Errata: those found first, then those not found, then those that cannot be seen."
     found = [e for e in report['errata'] if e['tiles'] or e['note']]
     lines = [(f'**{e["id"]}**', f'{e["tiles"]:,}', _percent(e["tiles"] / max(report["tiles"], 1)), e['what'] + (f' *{e["note"]}*' if e['note'] else ''), e['handled']) for e in found]
     clear = ', '.join(e['id'] for e in report['errata'] if e['tiles'] == 0 and not e['note'])
     blind = [(e['id'], e['what'], e['handled']) for e in report['errata'] if e['tiles'] is None]
-    return '## Errata\n\n' + _table(['erratum', 'tiles', 'share', 'what it is', 'what is done about it'], lines) + f'\nLooked for and not found: {clear or "none"}.\n\n' + \
-        'Known, but not to be seen in the files:\n\n' + _table(['erratum', 'what it is', 'what is done about it'], blind)
+    return '## Errata\n\n' + _table(['erratum', 'tiles', 'share', 'what it is', 'what is done about it'], lines) + f'\nLooked for and not found: {clear or "none"}.\n' + \
+        ('' if short else '\nKnown, but not to be seen in the files:\n\n' + _table(['erratum', 'what it is', 'what is done about it'], blind))
 
-def write_report(report:dict, # of `inspect`
-                 out, # folder, made where needed
-                )->Path: # the page
-    "Writes a report as inspect.json, for programs, and inspect.md, for people."
-    out, r = Path(out), report
+def page(report:dict, # of `inspect`
+         short:bool=False, # for a terminal
+        )->str: # Markdown
+    "A report for people."
+    r, most = report, 5 if short else 15
     leak, twins = r['leakage'], {k: v for k, v in r['duplicates'].items() if v}
-    page = [f'# {r["stem"]}: {r["tiles"]:,} tiles of {r["size"]} pixels\n',
+    parts = [f'# {r["stem"]}: {r["tiles"]:,} tiles of {r["size"]} pixels\n',
         f'Fingerprint `{r["fingerprint"]}`. Processing levels: {", ".join(f"{k} {v:,}" for k, v in r["levels"].items())}. Splits: {", ".join(f"{k} {v:,}" for k, v in r["splits"].items())}.\n',
-        _errata_page(r),
+        _errata_page(r, short),
         '## Copies\n\n' + _table(['found by', 'tiles', 'groups', 'could be dropped', 'for example'], [(k, v['tiles'], v['groups'], v['surplus'], '; '.join(' = '.join(g) for g in v['examples'][:3])) for k, v in twins.items()]),
         '## Overlap with labelled places\n\n' + ('Not looked for: name a table of places, `mmearth inspect DIR --labelled places.csv`.\n' if leak is None else
             f'{leak["places_met"]:,} of {leak["places"]:,} places lie in {leak["tiles"]:,} tiles' + (f' (such as {", ".join(leak["examples"])}). Leave those tiles out before testing on these places.\n' if leak['tiles'] else '.\n')),
         '## Without data\n\n' + _table(['modality', 'bands', 'share without data', ''], _holes(r['nodata'])),
-        _shares('Biomes', r['biomes'], 'biome', 'tiles'), _shares('Ecoregions', r['eco_regions'], 'ecoregion', 'tiles'),
-        _shares('Months', {k: sum(v.values()) for k, v in r['months'].items()}, 'month', 'tiles', 48),
-        *(_shares(f'Classes of {k}', v, 'class', 'pixels') for k, v in r['classes'].items())]
+        _shares('Biomes', r['biomes'], 'biome', 'tiles', most), _shares('Ecoregions', r['eco_regions'], 'ecoregion', 'tiles', most),
+        *([] if short else [_shares('Months', {k: sum(v.values()) for k, v in r['months'].items()}, 'month', 'tiles', 48)]),
+        *(_shares(f'Classes of {k}', v, 'class', 'pixels', most) for k, v in r['classes'].items())]
+    return '\n'.join(parts)
+
+# %% ../nbs/06b_inspect.ipynb #write-report
+def write_report(report:dict, # of `inspect`
+                 out, # folder, made where needed
+                )->Path: # the page
+    "Writes a report as inspect.json and inspect.md."
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / 'inspect.json').write_text(json.dumps(report, indent=1), encoding='utf-8')
-    (out / 'inspect.md').write_text('\n'.join(page), encoding='utf-8')
+    (out / 'inspect.md').write_text(page(report), encoding='utf-8')
     return out / 'inspect.md'
