@@ -160,11 +160,12 @@ VERDICTS = dict(supported='supported', contradicted='contradicted', divided='div
 
 def verdict(claim:int, # 1, 2 or 3
             rows:pd.DataFrame, # of `described`
+            synthetic:bool=False, # of synthetic Earth instead of the real one
            )->tuple[str, pd.DataFrame]: # one of VERDICTS, the cells behind it with `corrected` p-values and what `counts`
     "What the rows say about a claim of the paper."
     if claim not in CLAIMS: raise ValueError(f'verdict: no claim {claim!r}; there are {", ".join(map(str, CLAIMS))}')
     rows = main_rows(rows)
-    rows = rows[~rows.pretrain.astype(str).str.contains(_INVENTED) & ~rows.task.astype(str).str.contains(_INVENTED)]
+    rows = rows[(rows.pretrain.astype(str).str.contains(_INVENTED) | rows.task.astype(str).str.contains(_INVENTED)) == synthetic]
     found = [paired(rows, a, b).assign(arm=a, baseline=b) for a, b in _pairs_of(claim, rows)]
     found = [f for f in found if len(f)]
     if not found: return 'untested', pd.DataFrame(columns=['arm', 'baseline', *CELLS, *_PAIR, 'corrected', 'counts'])
@@ -188,10 +189,10 @@ def ranks(work:pd.DataFrame, # of `other_work`
     return pd.DataFrame(found, columns=['protocol', 'task', 'metric', 'model', 'value', 'below', 'others', 'whose'])
 
 # %% ../nbs/36_conclusions.ipynb #claims-text
-def claim_cells(judged:dict, # claim -> what `verdict` says of it
-               )->pd.DataFrame: # claim, arm, baseline, CELLS, of `paired`, corrected, counts
+def claim_cells(judged:dict, # (claim, whether on synthetic Earth) -> what `verdict` says
+               )->pd.DataFrame: # claim, synthetic, arm, baseline, CELLS, of `paired`, corrected, counts
     "The cells behind all claims as one table."
-    return pd.concat([cells.assign(claim=claim) for claim, (_, cells) in judged.items()], ignore_index=True)[['claim', 'arm', 'baseline', *CELLS, *_PAIR, 'corrected', 'counts']].infer_objects()  # cells of an untested claim have no dtype
+    return pd.concat([cells.assign(claim=claim, synthetic=synthetic) for (claim, synthetic), (_, cells) in judged.items()], ignore_index=True)[['claim', 'synthetic', 'arm', 'baseline', *CELLS, *_PAIR, 'corrected', 'counts']].infer_objects()  # cells of an untested claim have no dtype
 
 def _names(r)->list[str]:
     "Task, reader, share of the labels and split of a cell in words."
@@ -217,18 +218,23 @@ def _places(places:pd.DataFrame)->list[str]:
         lines.append(f'- {PROTOCOL_NAMES[protocol]}, {", ".join(dict.fromkeys(best.model if mine else best.whose))}: {told}')
     return lines
 
-def claims_text(judged:dict, # claim -> what `verdict` says of it
+def _told(said:str, cells:pd.DataFrame, synthetic:bool)->list[str]:
+    "A verdict on one Earth, and how its cells are shared out."
+    up, down = cells.low > 0, cells.high < 0
+    shares = [f'`{a}` against `{b}` {len(c)} cells, {int(up[c.index].sum())} above and {int(down[c.index].sum())} below' for (a, b), c in cells.groupby(['arm', 'baseline'], sort=False)]
+    words = f'On synthetic Earth, where one program draws images, targets and labels: {VERDICTS[said]}.' if synthetic else f'{VERDICTS[said][0].upper()}{VERDICTS[said][1:]}.'
+    return [f'{words} Of {len(cells)} cells, with at most {cells.pairs.max()} pairs each, {(cells.counts > 0).sum() or "none"} count for the claim and {(cells.counts < 0).sum() or "none"} against it. '
+            f'By the interval of its own pairs alone, {int(up.sum())} lie above zero and {int(down.sum())} below: {"; ".join(shares)}. Those that speak most clearly; the others are in [a table of all](tables/paper-claims.csv):', '', _clearest(cells)]
+
+def claims_text(judged:dict, # (claim, whether on synthetic Earth) -> what `verdict` says
                 places:pd.DataFrame, # of `ranks`
                )->str: # Markdown
     "The claims of the paper, each with its verdict and the cells that speak most clearly."
-    text, untested = [], [f'{c} ({CLAIMS[c][0][0].lower()}{CLAIMS[c][0][1:]})' for c, (said, _) in judged.items() if said == 'untested']
-    if untested: text += [f'No pair of kept runs tests claim {", nor claim ".join(untested)}.', '']
-    for claim, (said, cells) in judged.items():
-        if said == 'untested': continue
-        up, down = cells.low > 0, cells.high < 0
-        shares = [f'`{a}` against `{b}` {len(c)} cells, {int(up[c.index].sum())} above and {int(down[c.index].sum())} below' for (a, b), c in cells.groupby(['arm', 'baseline'], sort=False)]
-        text += [f'### {claim}. {CLAIMS[claim][0]}', '', f'{VERDICTS[said][0].upper()}{VERDICTS[said][1:]}. Of {len(cells)} cells, with at most {cells.pairs.max()} pairs each, {(cells.counts > 0).sum() or "none"} count for the claim and {(cells.counts < 0).sum() or "none"} against it. '
-                 f'By the interval of its own pairs alone, {int(up.sum())} lie above zero and {int(down.sum())} below: {"; ".join(shares)}. Those that speak most clearly; the others are in [a table of all](tables/paper-claims.csv):', '', _clearest(cells)]
+    text, untested = [], [f'{c} ({CLAIMS[c][0][0].lower()}{CLAIMS[c][0][1:]})' for (c, synthetic), (said, _) in judged.items() if said == 'untested' and not synthetic]
+    if untested: text += [f'No pair of kept runs on real images tests claim {", nor claim ".join(untested)}.', '']
+    for claim in CLAIMS:
+        told = [_told(*judged[claim, synthetic], synthetic) for synthetic in (False, True) if judged[claim, synthetic][0] != 'untested']
+        if told: text += [f'### {claim}. {CLAIMS[claim][0]}', '', *(line for part in told for line in part)]
     measured = (places.whose == 'measured here').any()
     return '\n'.join([*text, '### 4. The method compares well with earlier work', '', 'Larger and later models are among the others; sources are in [other work](tables/paper-other_work.md).' + ('' if measured else ' None of our runs has a score under a protocol that others report. What is reported of MP-MAE:'), '', *_places(places), ''])
 
@@ -391,14 +397,14 @@ def conclusions(rows:pd.DataFrame, # of `described`
                )->Conclusions:
     "The page: in short, claims, intervals, and what cannot be known from them."
     rows = main_rows(rows)
-    table, judged, places = scores(rows), {c: verdict(c, rows) for c in CLAIMS}, ranks(work)
+    table, judged, places = scores(rows), {(c, synthetic): verdict(c, rows, synthetic) for c in CLAIMS for synthetic in (False, True)}, ranks(work)
     pairs = comparisons(rows, table)
     told, measured = pairs[pairs.against != ''], places[places.whose == 'measured here']
-    text = [*_opening(rows, told), '## In short', '', *(f'- **Claim {c}**, {CLAIMS[c][0][0].lower()}{CLAIMS[c][0][1:]}: **{VERDICTS[judged[c][0]]}**.' for c in CLAIMS),
+    text = [*_opening(rows, told), '## In short', '', *(f'- **Claim {c}**, {CLAIMS[c][0][0].lower()}{CLAIMS[c][0][1:]}: **{VERDICTS[judged[c, False][0]]}**' + ('.' if judged[c, True][0] == 'untested' else f'; on synthetic Earth: **{VERDICTS[judged[c, True][0]]}**.') for c in CLAIMS),
             '- **Claim 4**, the method compares well with earlier work: ' + (f'scores measured here are above {measured.below.sum()} of {measured.others.sum()} scores of others.' if len(measured) else '**cannot be told: no kept run has a score under a protocol that others report**.'), '']
     if len(told): text += ['The best arm on the test split that is named, in %, and from which arms under the same reader it is not told apart; and how often trained arms are above and below a baseline, counted over all readers, shares of the labels and splits:', '', markdown(in_short(table, told))]
     if len(drawn_pairs(told)): text += ['![Trained arms minus baselines, by share of the labels](figures/paper-conclusions.png)', '', 'Bars are intervals of the paired differences on the first test split, an arrow where a bar goes on; a hollow point has no interval. Most is known of a difference whose bar leaves out zero and whose point lies outside the grey.', '']
-    text += ['## Claims of the paper', '', 'A pair of arms tests a claim when it differs in what the claim is about and in nothing else. A cell is a task, reader, share of labels and split; it counts when its p-value, corrected over the cells of the claim by Holm\'s method, is below 0.05 and its difference is larger than the luck of the test images. Runs on synthetic Earth are left out.', '', claims_text(judged, places),
+    text += ['## Claims of the paper', '', 'A pair of arms tests a claim when it differs in what the claim is about and in nothing else. A cell is a task, reader, share of labels and split; it counts when its p-value, corrected over the cells of the claim by Holm\'s method, is below 0.05 and its difference is larger than the luck of the test images. Synthetic Earth is judged apart.', '', claims_text(judged, places),
              '## Where intervals part', '', 'One mark for each share of the labels, from few to all; a slash between splits. ▲ ▼ the intervals of the arms part; △ ▽ only that of the paired differences leaves out zero; · not told apart; – not measured.' + (' Nearest neighbours are in [all pairs](tables/paper-pairs.csv).' if told.protocol.str.startswith('knn').any() else '') if len(told) else 'There is nothing to compare.', '',
              *_experiments(table, told), '## What this page cannot know', '', *_unknown(table, told)]
     return Conclusions('\n'.join(text), claim_cells(judged), pairs)

@@ -91,7 +91,6 @@ GOOD, BAD = [[0.70], [0.71], [0.72], [0.73]], [[0.5], [0.51], [0.52], [0.5302]]
     ([rows('all', GOOD), rows('S2', BAD, targets='S2', epochs=5.)], 'untested'),
     ([rows('all', GOOD), rows('random', BAD, targets='', pretrain='none, random weights', epochs=0.)], 'untested'),
     ([rows('all', GOOD, split='val'), rows('S2', BAD, targets='S2', split='val')], 'untested'),
-    ([rows('all', GOOD, pretrain='synthetic-9'), rows('S2', BAD, targets='S2', pretrain='synthetic-9')], 'untested'),
     ([rows('all', GOOD)], 'untested')])
 def test_a_verdict_for_each_case(frames, want, work):
     data = pd.concat(frames, ignore_index=True)
@@ -99,6 +98,16 @@ def test_a_verdict_for_each_case(frames, want, work):
     made = c.conclusions(data, work)
     assert f'**{c.VERDICTS[want]}**' in next(line for line in made.page.split('\n') if line.startswith('- **Claim 3**')) and 'nan' not in made.page
     assert ('### 3.' in made.page) == (want != 'untested') and len(made.claims) == len(c.verdict(3, data)[1])
+
+
+def test_synthetic_earth_is_judged_apart(work):
+    planet = pd.concat([rows('all', GOOD, pretrain='synthetic-9'), rows('S2', BAD, targets='S2', pretrain='synthetic-9')])
+    real = pd.concat([rows('real-all', BAD), rows('real-S2', GOOD, targets='S2')])
+    for data, want, told in ((planet, ('untested', 'supported'), 'tests it**; on synthetic Earth: **supported**.'), (pd.concat([planet, real]), ('contradicted', 'supported'), '**contradicted**; on synthetic Earth: **supported**.')):
+        assert tuple(c.verdict(3, data, synthetic)[0] for synthetic in (False, True)) == want
+        made = c.conclusions(data, work)
+        assert told in next(line for line in made.page.split('\n') if line.startswith('- **Claim 3**'))
+        assert made.page.count('### 3.') == 1 and sorted(made.claims.synthetic) == [False] * (want[0] != 'untested') + [True]
 
 
 def test_claims_one_and_two_ask_for_their_own_arms():
@@ -242,9 +251,9 @@ def test_the_kept_runs_make_a_page(work):
     told = made.pairs[made.pairs.against != '']
     assert f'In {len(told)} comparisons' in made.page and 'nan' not in made.page and made.page.count('\n## ') == 4
     assert made.page.count('\n') <= 60 + 18 * len(told.groupby(['experiment', 'task']))
-    for column, want in (('claims', len(c.verdict(3, data)[1])), ('pairs', None)):
+    for column, want in (('claims', sum(len(c.verdict(3, data, synthetic)[1]) for synthetic in (False, True))), ('pairs', None)):
         table = getattr(made, column)
-        assert (len(table) == want if want is not None else len(table) >= len(told)) and not table.duplicated([k for k in ('claim', 'experiment', 'arm', 'baseline', *c.CELLS) if k in table]).any()
+        assert (len(table) == want if want is not None else len(table) >= len(told)) and not table.duplicated([k for k in ('claim', 'synthetic', 'experiment', 'arm', 'baseline', *c.CELLS) if k in table]).any()
     assert made.claims.difference.dtype == made.pairs.difference.dtype == float  # else `round` passes over them
     marks = ''.join(''.join(t) for t in re.findall(r'[▲△▽▼]+', made.page.split('## Where intervals part')[1].split('\n', 3)[3]))
     shown = told[[p in c._ordered_protocols(told[(told.experiment == e) & (told.task == t)].protocol) for e, t, p in zip(told.experiment, told.task, told.protocol)]]
