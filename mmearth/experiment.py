@@ -126,7 +126,8 @@ def run_jobs(e:Experiment, runs:str, jobs:int, probed:bool=True):
     def tell():
         for worker in multiprocessing.active_children():
             with suppress(ProcessLookupError): os.kill(worker.pid, signal.SIGTERM)
-    with signals(tell) as came, pool, tqdm(total=len(todo) + len(floors), unit='job', desc=e.name, bar_format='{l_bar}{bar}| {n:.1f}/{total} jobs [{elapsed}<{remaining}]') as bar:
+    def begun(keys): return 0.9 * sum(share_done(repo_root() / runs / e.run_id(*key), todo[key], n) for key in keys if key)
+    with signals(tell) as came, pool, tqdm(total=len(todo) + len(floors), initial=begun(todo), unit='job', desc=e.name, bar_format='{l_bar}{bar}| {n:.1f}/{total} jobs [{elapsed}<{remaining}]') as bar:
         pending = {pool.submit(job, e, *key, runs, threads, probed): key for key in todo}
         for floor in floors: pending[pool.submit(floor_job, e, floor, runs)] = None
         while pending:
@@ -138,8 +139,7 @@ def run_jobs(e:Experiment, runs:str, jobs:int, probed:bool=True):
                     pool.shutdown(cancel_futures=True)
                     raise Stopped(f'{e.name}: stopped by a signal; the same command goes on') if came else error
             if came: pool.shutdown(wait=False, cancel_futures=True)
-            under_way = sum(share_done(repo_root() / runs / e.run_id(*key), todo[key], n) for f, key in pending.items() if key and f.running())
-            bar.n = bar.total - len(pending) + 0.9 * min(under_way, len(pending))
+            bar.n = max(bar.initial, bar.total - len(pending) + begun(pending.values()))
             bar.refresh()
 
 # %% ../nbs/42_experiment.ipynb #run-experiment

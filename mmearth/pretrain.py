@@ -209,8 +209,8 @@ _FREE = ('data', 'keep', 'log_every', 'save_every')  # may change in a run
 
 def resume(trainer:Trainer)->int: # updates already done
     "Loads the newest checkpoint of the run's folder, if there is one."
-    if (folder := newest(trainer.out, trainer.device)) is None: return 0
-    contract = read_contract(folder)
+    if (found := newest(trainer.out, trainer.device)) is None: return 0
+    folder, contract = found
     if not contract.pretext: raise WeightsError(f'{folder}: the encoder alone, from which a run cannot go on; begin in another folder')
     begun, now = ({k: v for k, v in recipe.items() if k not in _FREE} for recipe in (to_dict(Recipe()) | contract.recipe, to_dict(trainer.recipe)))
     other = differences(begun, now) + differences(contract.data, trainer.contract.data)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, updates_behind
 from .dataset import random_crop
 from .layers import LAYERS, brightness, paint
 from .loader import generator
@@ -77,7 +77,7 @@ def schedule(recipe:Recipe, store:TileSet,
             )->pd.DataFrame: # what, how much, what it means
     "What a recipe amounts to on a store and on this machine, with units."
     r, total, begun = recipe, found['updates'], checkpoints(out) if out else []
-    done = int(begun[-1].name.removeprefix('step-')) if begun else 0
+    done = updates_behind(begun[-1]) if begun else 0
     rows = [('tiles', f'{len(store.rows(r.split)):,}', f'of {store.stem}, its split {r.split}'), ('pretext tasks', f'{len(r.tasks)}', ', '.join(r.tasks)), ('epochs', f'{r.epochs:g}', 'passes over the tiles'),
             ('updates', f'{total:,}', f'of {r.batch * r.accumulate:,} tiles each, {r.batch:,} x {r.accumulate}')]
     if not total: return pd.DataFrame([*rows, ('time', 'none', 'random weights are kept')], columns=('what', 'how much', '')).set_index('what')

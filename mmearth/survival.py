@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from tqdm import tqdm
-from .checkpoint import checkpoints, latest
+from .checkpoint import checkpoints, latest, updates_behind
 from .log import CLOCK, read_log
 from .pretrain import pretrain
 from .recipe import Recipe, save_recipe
@@ -81,7 +81,7 @@ def survive(recipe:Recipe, # with a `data` folder that any process can open
                 p.send_signal(signal.SIGKILL)
                 p.communicate()
                 found = latest(out).name if checkpoints(out) else ''
-                rows.append(dict(kill=len(rows), run=run, after=time.perf_counter() - begun, phase=_phase(out, before, left), step=int(found[5:] or 0), same=not found or marks(out / 'checkpoints' / found) == true[found]))
+                rows.append(dict(kill=len(rows), run=run, after=time.perf_counter() - begun, phase=_phase(out, before, left), step=updates_behind(Path(found)) if found else 0, same=not found or marks(out / 'checkpoints' / found) == true[found]))
                 if rows[-1]['phase'] == 'before its first checkpoint': longest = min(longest * 1.5, 60.)
                 bar.update()
                 continue
