@@ -24,6 +24,7 @@ from .finetune import PROTOCOLS as TRAINED, finetune
 from .geobench import GeoBench, Images
 from .named import data_root, open_data
 from .checkpoint import latest
+from .compare import FLOORS
 from .probe import C_GRID, PROTOCOLS, Planes, features, image_statistics, nested_subsets, probe, weights_hash
 from .recipe import RecipeError
 from .samples import STAND_INS, nearest_band
@@ -85,14 +86,14 @@ def find_encoder(name:str, # see above
     "The folder of an encoder that was pretrained; a name that means nothing is refused, with the nearest that does."
     kind, _, rest = name.partition('-')
     size, _, file = rest.partition(':')
-    if name in ('image_statistics', 'random_filters'): return None
+    if name in FLOORS: return None
     folder = Path(root) / name
     if name and folder.is_dir(): return folder
     if kind in ('untrained', 'imagenet'):
         if size not in SIZES or bool(file) != (kind == 'imagenet'): raise ValueError(f'{name}: {kind}-SIZE{":FILE" * (kind == "imagenet")} is needed, with a size of {", ".join(SIZES)}')
         return None
     if folder.is_file(): raise ValueError(f'{name!r}: a file, and a folder is wanted; `mmearth convert FILE FOLDER` makes one of a checkpoint of the authors')
-    near = get_close_matches(name, ['image_statistics', 'random_filters', *(p.parent.relative_to(root).as_posix() for base in ('runs', 'reports/runs') for inner in ('checkpoints', 'contract.json') for p in Path(root).glob(f'{base}/*/{inner}'))], 1)
+    near = get_close_matches(name, [*FLOORS, *(p.parent.relative_to(root).as_posix() for base in ('runs', 'reports/runs') for inner in ('checkpoints', 'contract.json') for p in Path(root).glob(f'{base}/*/{inner}'))], 1)
     raise FileNotFoundError(f'{name!r}: no such run or checkpoint; give {ENCODER_WORDS}' + ''.join(f'; the nearest is {n!r}' for n in near))
 
 def open_encoder(name:str, # see above; folders relative to `root`
@@ -205,8 +206,7 @@ def as_rows(table:pd.DataFrame, # of `read_table`
 def left_out(tasks:list[Benched], models:list[str], methods:list[str]
             )->pd.DataFrame: # task, model, method, why
     "The cells that a benchmark passes over, because a protocol does not fit the task or has nothing to train."
-    floors = ('image_statistics', 'random_filters')
-    cells = [(t.name, e, m, f'not for a {t.kind} task' if m not in METHODS[t.kind] else 'nothing to train' if e in floors and m not in READERS else '') for t in tasks for e in models for m in methods]
+    cells = [(t.name, e, m, f'not for a {t.kind} task' if m not in METHODS[t.kind] else 'nothing to train' if e in FLOORS and m not in READERS else '') for t in tasks for e in models for m in methods]
     return pd.DataFrame([c for c in cells if c[3]], columns=['task', 'model', 'method', 'why'])
 
 def benchmark(tasks:list[Benched], # of `open_task`

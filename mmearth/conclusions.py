@@ -17,8 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats
-from .compare import METRICS, PROTOCOL_NAMES, SPLITS, comparison_table, markdown, percent, t_interval
-from .tables import FLOORS, SETTING, TASK_NAMES, main_rows, task_name
+from .compare import FLOORS, METRICS, PROTOCOL_NAMES, SPLITS, comparison_table, markdown, percent, t_interval
+from .tables import SETTING, TASK_NAMES, main_rows, task_name
 
 # %% ../nbs/36_conclusions.ipynb #paired
 _INVENTED = 'synthetic|standin|scenes-'  # data and tasks of synthetic Earth
@@ -66,11 +66,10 @@ def paired(rows:pd.DataFrame, # of `described`
 
 # %% ../nbs/36_conclusions.ipynb #experiments
 BASELINES = ('random weights', 'image statistics', 'random filters', 'image alone')  # what an arm is measured against
-_FLOORS = [f.replace('_', ' ') for f in FLOORS]
 
 def _named(group:str, kind:str)->tuple[str, str]: # experiment, arm
     "What a group of runs belongs to, and what it is there."
-    if kind in _FLOORS: return re.split(f'[- ]{kind.replace(" ", "_")}', group)[0], kind
+    if kind in FLOORS.values(): return re.split(f'[- ]{kind.replace(" ", "_")}', group)[0], kind
     experiment, _, arm = group.partition(' ') if ' ' in group else group.rpartition('-')
     return experiment, arm.replace('_', ' ') if experiment != 'released' else arm
 
@@ -82,8 +81,8 @@ def by_experiment(rows:pd.DataFrame, # of `described`
     named = [(g, k, *_named(g, k)) for g, k in zip(facts.group, kinds)]
     rows = rows.drop(columns='arm', errors='ignore').merge(pd.DataFrame(named, columns=['group', 'kind', 'experiment', 'arm']), on='group', how='left')
     rows['invented'] = rows.pretrain.astype(str).str.contains(_INVENTED) | rows.task.astype(str).str.contains(_INVENTED)
-    real, lent = rows.kind.isin(_FLOORS) & ~rows.invented & ('n_test' in rows), []
-    for (experiment, task, protocol), part in rows[~rows.kind.isin(_FLOORS)].groupby(['experiment', 'task', 'protocol'], sort=False):
+    real, lent = rows.kind.isin(FLOORS.values()) & ~rows.invented & ('n_test' in rows), []
+    for (experiment, task, protocol), part in rows[~rows.kind.isin(FLOORS.values())].groupby(['experiment', 'task', 'protocol'], sort=False):
         same = rows[real & (rows.task == task) & (rows.protocol == protocol)]
         if len(same): same = same[same.n_test == same.split.map(part.groupby('split').n_test.first())]
         for _, floor in same.groupby('kind', sort=False):
@@ -109,7 +108,7 @@ def ordered(rows:pd.DataFrame, # of `described`
 def _against(arm:dict, baseline:dict)->str: # one of BASELINES, or '' where the pair answers no question
     "What a baseline is to an arm."
     kind, alike = baseline['kind'], lambda *keys: all(arm[k] == baseline[k] for k in keys)
-    fair = kind in _FLOORS or (kind == 'random weights' and alike('encoder')) or (kind == 'image alone' != arm['kind'] and alike('encoder', 'pretrain', 'input', 'epochs'))
+    fair = kind in FLOORS.values() or (kind == 'random weights' and alike('encoder')) or (kind == 'image alone' != arm['kind'] and alike('encoder', 'pretrain', 'input', 'epochs'))
     return kind if fair and arm['kind'] in ('image alone', 'pretrained') else ''
 
 def comparisons(rows:pd.DataFrame, # of `described`
@@ -295,7 +294,7 @@ def in_short(table:pd.DataFrame, # of `scores`
     "Which arm is best, and whether trained arms part from what they are measured against."
     lines = []
     for (experiment, task), part, mine in _told_pairs(table, pairs):
-        split, runs = mine.split.iloc[0], part[~part.kind.isin((*_FLOORS, 'random weights'))].runs.max()
+        split, runs = mine.split.iloc[0], part[~part.kind.isin((*FLOORS.values(), 'random weights'))].runs.max()
         fractions = [f(mine[mine.split == split].fraction) for f in (max, min)]
         line = {'experiment': f'**{experiment or "unnamed"}**', 'task': f'{task_name(task)}, {SPLITS.get(split, split)}' + (', synthetic Earth' if part.invented.any() else ''), 'seeds': runs,
                 'best with all labels': _best(_field(part, fractions[0], split)), 'best with few labels': f'{percent(fractions[1])}: {_best(_field(part, fractions[1], split))}' if fractions[1] < fractions[0] else ''}
@@ -379,7 +378,7 @@ def _unknown(table:pd.DataFrame, pairs:pd.DataFrame)->list[str]:
     "What the page cannot know."
     few, trained = pairs.groupby(['experiment', 'arm', 'baseline']).pairs.max(), table[table.kind.isin(('image alone', 'pretrained'))]
     seeds = trained.groupby('experiment', sort=False).runs.max() if len(trained) else pd.Series(dtype=int)
-    silent = [e or a for e, a in dict.fromkeys(zip(table.experiment, table.arm)) if e not in set(pairs.experiment) and not set(table[table.experiment == e].kind) <= set(_FLOORS)]
+    silent = [e or a for e, a in dict.fromkeys(zip(table.experiment, table.arm)) if e not in set(pairs.experiment) and not set(table[table.experiment == e].kind) <= set(FLOORS.values())]
     return [*([f'- Seeds are few: at most {few.max()} pairs for any two arms' + (f', fewer than three for {int((few < 3).sum())} of {len(few)}' if (few < 3).any() else '') + '.'] if len(few) else []),
             *([f'- {_listed(seeds.index[seeds == 1])}: pretrained with one seed, so nothing here speaks of another pretraining; its pairs are draws of the labels, which overlap where shares are large, so those intervals are too short.'] if (seeds == 1).any() else []),
             *([f'- {_listed(dict.fromkeys(silent))}: no trained arm, or nothing to compare it with.'] if silent else []),

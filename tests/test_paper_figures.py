@@ -46,9 +46,9 @@ def test_another_protocol_never_enters_label_efficiency(numbers):
 
 
 def test_the_gap_calls_runs_by_what_they_are(numbers):
-    from mmearth.tables import FLOORS
+    from mmearth.tables import FLOOR_SETTINGS
     mine = rows(task='eurosat-rgb', which=2).assign(pretrain='EuroSAT RGB', targets='1 pixel and 7 image tasks', group='eurosat-all')
-    floor = rows(task='eurosat-rgb', protocol='knn').assign(**FLOORS['random_filters'], group='eurosat-protocols random_filters', run_id='eurosat-protocols')
+    floor = rows(task='eurosat-rgb', protocol='knn').assign(**FLOOR_SETTINGS['random_filters'], group='eurosat-protocols random_filters', run_id='eurosat-protocols')
     drawn = f.protocol_gap(pd.concat([mine, floor], ignore_index=True), numbers)
     labels = [t.get_text() for t in drawn.fig.axes[0].get_yticklabels()]
     assert set(labels[-2:]) == {'EuroSAT RGB, 1 pixel and 7 image tasks', 'random filters'} and 'EuroSAT RGB, accuracy' in [t.get_text() for t in drawn.fig.axes[0].texts]
