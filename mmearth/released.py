@@ -145,6 +145,7 @@ def convert(path:str|Path, # checkpoint-199.pth as it was released
     "Writes a released checkpoint as one with a contract, for everything that takes one."
     tensors, told = read_state(path)
     model, encoder, pretext = released_model(tensors, path, grn_scope)
+    if len(encoder['bands']) == 3 and encoder['patch'] == 32: raise WeightsError(f'{path}: three bands and patches of 32 pixels are of the network that learned from photographs; no statistics of Sentinel-2 belong to it. Take a ConvNeXt V2 of photographs as imagenet-SIZE:FILE')
     name = Path(path).parent.name
     contract = Contract(**encoder, stats=released_stats(encoder['bands'], store), pretext=pretext, code='MMEarth-train',
         data=dict(name=name, released=Path(path).name, sha256=file_hash(path)))

@@ -219,6 +219,12 @@ def test_what_does_not_fit_is_named(tmp_path, spoil, said):
     assert 'checkpoint-199.pth' in str(e.value) and not (tmp_path / 'out').exists()
 
 
+def test_a_network_of_photographs_is_not_taken_for_one_of_sentinel2(tmp_path):
+    rgb = lambda k: released(k=k, inputs=3, tasks=('sentinel2',), original=True, outputs=dict(sentinel2=3))
+    with pytest.raises(WeightsError, match='learned from photographs.*imagenet-SIZE:FILE'): convert(put_down(tmp_path, rgb(4), 'pt-imagenet'), tmp_path / 'photographs')
+    assert not (tmp_path / 'photographs').exists() and read_contract(convert(put_down(tmp_path, rgb(2), 'pt-rgb'), tmp_path / 'bgr')).bands == ('B2', 'B3', 'B4')
+
+
 @pytest.mark.parametrize('content,said', [(b'', 'cannot be read'), (b'<html>not found</html>', 'plain state dict'), ('half', 'cannot be read'), (dict(model={}), 'no tensors'), ([1, 2], 'holds a list')])
 def test_files_that_are_none(tmp_path, content, said):
     file = tmp_path / 'checkpoint-199.pth'
