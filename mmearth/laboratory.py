@@ -18,12 +18,13 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from scipy import optimize, stats
 from tqdm import tqdm
 from .compare import t_interval
 from .figures import plain
 from .modalities import modality
-from .pretrain import pretrain
+from .pretrain import pick_device, pretrain
 from .probe import features, linear_probe
 from .recipe import Recipe, RecipeError, to_dict
 from .store import Store, TileSet
@@ -104,7 +105,7 @@ def experiment(recipe:Recipe, # what the arms share
     everything = questions(scenes, np.concatenate(list(splits.values())))
     ends = np.cumsum([len(r) for r in splits.values()])[:-1]
     asked = {q: dict(zip(splits, np.split(y, ends))) for q, y in everything.items()}
-    same = dict(tiles=store.fingerprint, scenes=scenes.fingerprint, code=_code(), read=_READ, splits={s: r.tolist() for s, r in splits.items()}, asked={q: y.tolist() for q, y in everything.items()})
+    same = dict(tiles=store.fingerprint, scenes=scenes.fingerprint, code=_code(), torch=torch.__version__, device=pick_device(recipe.device), read=_READ, splits={s: r.tolist() for s, r in splits.items()}, asked={q: y.tolist() for q, y in everything.items()})
     todo, rows = [(arm, tasks, seed) for seed in seeds for arm, tasks in arms(recipe.tasks, ways).items()], []
     for arm, tasks, seed in tqdm(todo, unit='arm', desc='laboratory', disable=not progress):
         mine = dataclasses.replace(recipe, tasks=tasks, seed=seed)

@@ -109,6 +109,9 @@ def test_one_folder_answers_about_what_it_was_asked(tmp_path, monkeypatch):
     monkeypatch.setattr('mmearth.laboratory._code', lambda: 'other code')
     ask(tiles, scenes)
     assert files() == 8
+    monkeypatch.setattr('mmearth.laboratory.pick_device', lambda asked: 'another')
+    ask(tiles, scenes)
+    assert files() == 10
 
 
 def test_the_code_that_counts_is_what_is_imported(tmp_path):
