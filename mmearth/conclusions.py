@@ -205,7 +205,7 @@ def _clearest(cells:pd.DataFrame, many:int=2)->str:
         for r in part.itertuples():
             interval = f' ({100 * r.low:+.1f} to {100 * r.high:+.1f})' if np.isfinite(r.low) else ' (no interval)'
             lines.append({'speaks': side, 'arm': r.arm, 'baseline': r.baseline, 'where': ', '.join(_names(r)), 'difference, points': f'{100 * r.difference:+.1f}{interval}', 'luck of images': f'{100 * r.images:.1f}',
-                          'pairs': f'{r.pairs} {r.of}', 'corrected p': f'{r.corrected:.2f}' if np.isfinite(r.corrected) else 'none', 'counts': 'yes' if r.counts else 'no'})
+                          'pairs': f'{r.pairs} {r.of}', 'corrected p': 'none' if np.isnan(r.corrected) else '< 0.01' if r.corrected < 0.01 else f'{r.corrected:.2f}', 'counts': 'yes' if r.counts else 'no'})
     return markdown(pd.DataFrame(lines))
 
 def _places(places:pd.DataFrame)->list[str]:
