@@ -155,7 +155,7 @@ def _pairs_of(claim:int, rows:pd.DataFrame)->list[tuple[str, str]]:
             and not (claim == 1 and groups[a]['pretrain'] == 'ImageNet') and all(groups[a][k] == groups[b][k] for k in same)]
 
 # %% ../nbs/36_conclusions.ipynb #verdict
-VERDICTS = dict(supported='supported', contradicted='contradicted', divided='divided: some cells speak for it and some against', open='cannot be told at this size', untested='cannot be told: no pair of kept runs tests it')
+VERDICTS = dict(supported='supported', contradicted='contradicted', divided='divided: some cells speak for it and some against', open='cannot be told at this size', untested='cannot be told: no pair of kept runs on real images tests it')
 
 def verdict(claim:int, # 1, 2 or 3
             rows:pd.DataFrame, # of `described`
@@ -164,7 +164,8 @@ def verdict(claim:int, # 1, 2 or 3
     "What the rows say about a claim of the paper."
     if claim not in CLAIMS: raise ValueError(f'verdict: no claim {claim!r}; there are {", ".join(map(str, CLAIMS))}')
     rows = main_rows(rows)
-    rows = rows[(rows.pretrain.astype(str).str.contains(_INVENTED) | rows.task.astype(str).str.contains(_INVENTED)) == synthetic]
+    trained, asked = (rows[k].astype(str).str.contains(_INVENTED) for k in ('pretrain', 'task'))
+    rows = rows[trained & asked if synthetic else ~(trained | asked)]
     found = [paired(rows, a, b).assign(arm=a, baseline=b) for a, b in _pairs_of(claim, rows)]
     found = [f for f in found if len(f)]
     if not found: return 'untested', pd.DataFrame(columns=['arm', 'baseline', *CELLS, *_PAIR, 'corrected', 'counts'])
@@ -221,7 +222,7 @@ def _told(said:str, cells:pd.DataFrame, synthetic:bool)->list[str]:
     "A verdict on one Earth, and how its cells are shared out."
     up, down = cells.low > 0, cells.high < 0
     shares = [f'`{a}` against `{b}` {len(c)} cells, {int(up[c.index].sum())} above and {int(down[c.index].sum())} below' for (a, b), c in cells.groupby(['arm', 'baseline'], sort=False)]
-    words = f'On synthetic Earth, where one program draws images, targets and labels: {VERDICTS[said]}.' if synthetic else f'{VERDICTS[said][0].upper()}{VERDICTS[said][1:]}.'
+    words = f'On synthetic Earth, where one program draws images, targets and labels (the land cover that prevails, of which two targets are maps): {VERDICTS[said]}.' if synthetic else f'{VERDICTS[said][0].upper()}{VERDICTS[said][1:]}.'
     return [f'{words} Of {len(cells)} cells, with at most {cells.pairs.max()} pairs each, {(cells.counts > 0).sum() or "none"} count for the claim and {(cells.counts < 0).sum() or "none"} against it. '
             f'By the interval of its own pairs alone, {int(up.sum())} lie above zero and {int(down.sum())} below: {"; ".join(shares)}. Those that speak most clearly; the others are in [a table of all](tables/paper-claims.csv):', '', _clearest(cells)]
 

@@ -101,9 +101,11 @@ def test_a_verdict_for_each_case(frames, want, work):
 
 
 def test_synthetic_earth_is_judged_apart(work):
-    planet = pd.concat([rows('all', GOOD, pretrain='synthetic-9'), rows('S2', BAD, targets='S2', pretrain='synthetic-9')])
+    planet = pd.concat([rows('all', GOOD, pretrain='synthetic-9', task='scenes-9'), rows('S2', BAD, targets='S2', pretrain='synthetic-9', task='scenes-9')])
+    mixed = planet.assign(task='m-so2sat')
+    assert c.verdict(3, mixed)[0] == c.verdict(3, mixed, True)[0] == 'untested'
     real = pd.concat([rows('real-all', BAD), rows('real-S2', GOOD, targets='S2')])
-    for data, want, told in ((planet, ('untested', 'supported'), 'tests it**; on synthetic Earth: **supported**.'), (pd.concat([planet, real]), ('contradicted', 'supported'), '**contradicted**; on synthetic Earth: **supported**.')):
+    for data, want, told in ((planet, ('untested', 'supported'), 'on real images tests it**; on synthetic Earth: **supported**.'), (pd.concat([planet, real]), ('contradicted', 'supported'), '**contradicted**; on synthetic Earth: **supported**.')):
         assert tuple(c.verdict(3, data, synthetic)[0] for synthetic in (False, True)) == want
         made = c.conclusions(data, work)
         assert told in next(line for line in made.page.split('\n') if line.startswith('- **Claim 3**'))
