@@ -115,7 +115,7 @@ def test_every_tensor_of_a_released_atto_finds_its_place():
     assert encoder['size'] == 'atto' and tuple(pretext['tasks']) == TASKS
 
 
-@pytest.mark.parametrize('k,inputs,original', [(1, 12, False), (2, 12, False), (2, 3, False), (4, 3, True), (1, 3, True), (2, 12, True)])
+@pytest.mark.parametrize('k,inputs,original', [(1, 12, False), (2, 12, False), (2, 3, False), (4, 12, True), (1, 3, True), (2, 12, True)])
 def test_features_are_those_of_the_released_layout(tmp_path, k, inputs, original):
     tasks = TASKS if inputs == 12 else ('sentinel2',)
     state = released(k=k, inputs=inputs, original=original, tasks=tasks, outputs=SIZE | dict(sentinel2=inputs))
