@@ -160,6 +160,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mmearth.conclusions._paired': ('conclusions.html#_paired', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions._pairs_of': ('conclusions.html#_pairs_of', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions._places': ('conclusions.html#_places', 'mmearth/conclusions.py'),
+                                     'mmearth.conclusions._synthetic': ('conclusions.html#_synthetic', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions._told': ('conclusions.html#_told', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions._told_pairs': ('conclusions.html#_told_pairs', 'mmearth/conclusions.py'),
                                      'mmearth.conclusions._unknown': ('conclusions.html#_unknown', 'mmearth/conclusions.py'),

@@ -21,7 +21,6 @@ from .compare import FLOORS, METRICS, PROTOCOL_NAMES, SPLITS, comparison_table, 
 from .tables import SETTING, TASK_NAMES, main_rows, task_name
 
 # %% ../nbs/36_conclusions.ipynb #paired
-_INVENTED = 'synthetic|standin|scenes-'  # data and tasks of synthetic Earth
 _SINGLE = ('', 'S2', 'BGR', 'RGB')  # targets that are no more than the input
 CELLS = ['task', 'protocol', 'fraction', 'split', 'metric']  # within which arms are compared
 
@@ -73,6 +72,10 @@ def _named(group:str, kind:str)->tuple[str, str]: # experiment, arm
     experiment, _, arm = group.partition(' ') if ' ' in group else group.rpartition('-')
     return experiment, arm.replace('_', ' ') if experiment != 'released' else arm
 
+def _synthetic(names:pd.Series)->pd.Series:
+    "True for data and tasks of synthetic Earth."
+    return names.astype(str).str.contains('synthetic|standin|scenes-')
+
 def by_experiment(rows:pd.DataFrame, # of `described`
                  )->pd.DataFrame: # with experiment, arm, kind (one of BASELINES, or `pretrained`) and invented; real images first
     "Rows by experiment; floors are lent to those on the same images that have none."
@@ -80,7 +83,7 @@ def by_experiment(rows:pd.DataFrame, # of `described`
     kinds = [f.pretrain.removeprefix('none, ') if f.epochs == 0 else 'image alone' if f.targets in _SINGLE[1:] else 'pretrained' for f in facts.itertuples()]
     named = [(g, k, *_named(g, k)) for g, k in zip(facts.group, kinds)]
     rows = rows.drop(columns='arm', errors='ignore').merge(pd.DataFrame(named, columns=['group', 'kind', 'experiment', 'arm']), on='group', how='left')
-    rows['invented'] = rows.pretrain.astype(str).str.contains(_INVENTED) | rows.task.astype(str).str.contains(_INVENTED)
+    rows['invented'] = _synthetic(rows.pretrain) | _synthetic(rows.task)
     real, lent = rows.kind.isin(FLOORS.values()) & ~rows.invented & ('n_test' in rows), []
     for (experiment, task, protocol), part in rows[~rows.kind.isin(FLOORS.values())].groupby(['experiment', 'task', 'protocol'], sort=False):
         same = rows[real & (rows.task == task) & (rows.protocol == protocol)]
@@ -164,7 +167,7 @@ def verdict(claim:int, # 1, 2 or 3
     "What the rows say about a claim of the paper."
     if claim not in CLAIMS: raise ValueError(f'verdict: no claim {claim!r}; there are {", ".join(map(str, CLAIMS))}')
     rows = main_rows(rows)
-    trained, asked = (rows[k].astype(str).str.contains(_INVENTED) for k in ('pretrain', 'task'))
+    trained, asked = _synthetic(rows.pretrain), _synthetic(rows.task)
     rows = rows[trained & asked if synthetic else ~(trained | asked)]
     found = [paired(rows, a, b).assign(arm=a, baseline=b) for a, b in _pairs_of(claim, rows)]
     found = [f for f in found if len(f)]
